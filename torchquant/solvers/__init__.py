@@ -1,0 +1,3 @@
+from .rtn import rtn_quantize
+
+__all__ = ["rtn_quantize"]
