@@ -14,35 +14,33 @@ void set_cpu_tier(const std::string& name);  // tests and benchmarks; throws std
 
 }  // namespace torchquant
 
-// Declares a leaf for every tier and, under its plain name, the function that calls the tier in use:
-//   TORCHQUANT_TIER_LEAF(comq_block, (const ComqBlock& block), (block))
-// A tier file defines it inside `namespace torchquant::TORCHQUANT_TIER`. Tier files include no Torch and no std templates: an inline
-// function compiled with wider instructions could be the copy that the linker keeps for everybody.
+// TORCHQUANT_TIER_LEAF(comq_block, ComqBlock) declares `void comq_block(const ComqBlock&)` for every tier, the function under its plain
+// name that calls the tier in use, and the CUDA face launch_comq_block(const ComqBlock&, stream). A tier file defines it inside
+// `namespace torchquant::TORCHQUANT_TIER`. Tier files include no Torch and call no std templates: an inline function compiled with
+// wider instructions could be the copy that the linker keeps for everybody.
+#define TORCHQUANT_DECLARE_LEAF(tier, name, Argument) \
+  namespace tier {                                    \
+  void name(const Argument& argument);                \
+  }
 #ifdef TORCHQUANT_X86
-#define TORCHQUANT_TIER_LEAF(name, parameters, arguments)   \
-  namespace scalar {                                        \
-  void name parameters;                                     \
-  }                                                         \
-  namespace avx2 {                                          \
-  void name parameters;                                     \
-  }                                                         \
-  namespace avx512 {                                        \
-  void name parameters;                                     \
-  }                                                         \
-  inline void name parameters {                             \
-    switch (cpu_tier()) {                                   \
-      case CpuTier::avx512:                                 \
-        return avx512::name arguments;                      \
-      case CpuTier::avx2:                                   \
-        return avx2::name arguments;                        \
-      case CpuTier::scalar:                                 \
-        return scalar::name arguments;                      \
-    }                                                       \
+#define TORCHQUANT_TIER_LEAF(name, Argument)                   \
+  TORCHQUANT_DECLARE_LEAF(scalar, name, Argument)              \
+  TORCHQUANT_DECLARE_LEAF(avx2, name, Argument)                \
+  TORCHQUANT_DECLARE_LEAF(avx512, name, Argument)              \
+  void launch_##name(const Argument& argument, void* stream);  \
+  inline void name(const Argument& argument) {                 \
+    switch (cpu_tier()) {                                      \
+      case CpuTier::avx512:                                    \
+        return avx512::name(argument);                         \
+      case CpuTier::avx2:                                      \
+        return avx2::name(argument);                           \
+      case CpuTier::scalar:                                    \
+        return scalar::name(argument);                         \
+    }                                                          \
   }
 #else
-#define TORCHQUANT_TIER_LEAF(name, parameters, arguments) \
-  namespace scalar {                                      \
-  void name parameters;                                   \
-  }                                                       \
-  inline void name parameters { scalar::name arguments; }
+#define TORCHQUANT_TIER_LEAF(name, Argument)                  \
+  TORCHQUANT_DECLARE_LEAF(scalar, name, Argument)             \
+  void launch_##name(const Argument& argument, void* stream); \
+  inline void name(const Argument& argument) { scalar::name(argument); }
 #endif

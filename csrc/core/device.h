@@ -1,10 +1,8 @@
-// The one CPU/CUDA switch. A room's operator does its checks, then calls on_device(op, tensor, cpu_face, cuda_face); only the leaf
-// differs, so checks cannot drift apart.
+// The one CPU/CUDA switch. An operator does its checks once; only its leaves differ between devices.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #ifdef TORCHQUANT_CUDA
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -20,3 +18,19 @@ inline void check_device(const char* op, const at::Tensor& tensor) {
 }
 
 }  // namespace torchquant
+
+// TORCHQUANT_LAUNCH(leaf, rows) runs the CUDA leaf launch_<leaf>(rows, stream) of <method>.cu on the current stream.
+#ifdef TORCHQUANT_CUDA
+#define TORCHQUANT_LAUNCH(leaf, argument) launch_##leaf(argument, c10::cuda::getCurrentCUDAStream().stream())
+#else
+#define TORCHQUANT_LAUNCH(leaf, argument) TORCH_CHECK_NOT_IMPLEMENTED(false, #leaf ": torchquant was built without CUDA")
+#endif
+// TORCHQUANT_RUN(leaf, tensor, rows) runs the leaf of the tensor's device.
+#define TORCHQUANT_RUN(leaf, tensor, argument)   \
+  do {                                           \
+    if ((tensor).is_cuda()) {                    \
+      TORCHQUANT_LAUNCH(leaf, argument);         \
+    } else {                                     \
+      leaf(argument);                            \
+    }                                            \
+  } while (false)

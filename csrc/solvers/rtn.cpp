@@ -1,9 +1,11 @@
 #include <csrc/solvers/rtn.h>
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
+#include <csrc/core/quantization.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -14,25 +16,30 @@ namespace {
 
 constexpr int64_t kRowsPerChunk = 16;
 
-void run(const RtnRows& all, const at::Tensor& weight) {
-#ifdef TORCHQUANT_CUDA
-  if (weight.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(weight.device());
-    return launch_rtn_rows(all, c10::cuda::getCurrentCUDAStream().stream());
+void search_shrink(const at::Tensor& weight, int64_t group_size, int64_t bits, at::ArrayRef<double> shrink, Quantization& q) {
+  if (shrink.size() == 1) {
+    q.scale.mul_(shrink[0]);
+    return;
   }
-#else
-  (void)weight;
-#endif
-  const int64_t groups = group_count(all.columns, all.group_size);
-  for_each_chunk((all.rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
+  const std::vector<float> factors(shrink.begin(), shrink.end());
+  const at::Tensor on_device =
+      at::tensor(at::ArrayRef<float>(factors), weight.options());
+  const int64_t columns = weight.size(1), groups = q.scale.size(1);
+  const auto part = [&](int64_t first, int64_t rows) {
+    return RtnShrink{{weight.const_data_ptr<float>() + first * columns, rows, columns, group_size == 0 ? columns : group_size,
+                      GridType::asymmetric, max_code_of(bits), q.scale.mutable_data_ptr<float>() + first * groups,
+                      q.zero_point.mutable_data_ptr<float>() + first * groups, nullptr},
+                     on_device.const_data_ptr<float>(),
+                     static_cast<int64_t>(factors.size())};
+  };
+  const int64_t rows = weight.size(0);
+  if (weight.is_cuda()) {
+    TORCHQUANT_LAUNCH(rtn_shrink, part(0, rows));
+    return;
+  }
+  for_each_chunk((rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
     const int64_t first = chunk * kRowsPerChunk;
-    RtnRows part = all;
-    part.rows = std::min(kRowsPerChunk, all.rows - first);
-    part.weight += first * all.columns;
-    part.codes += first * all.columns;
-    part.scale += first * groups;
-    part.zero_point += first * groups;
-    rtn_rows(part);
+    rtn_shrink(part(first, std::min(kRowsPerChunk, rows - first)));
   });
 }
 
@@ -48,18 +55,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rtn_quantize(const at::Tensor& we
   const GridType type = parse_grid(op, grid);
   check_finite(op, "weight", weight);
 
+  const c10::DeviceGuard guard(weight.device());
   const at::Tensor w = weight.to(at::kFloat).contiguous();
-  const int64_t rows = w.size(0), columns = w.size(1), groups = group_count(columns, group_size);
-  at::Tensor codes = at::empty({rows, columns}, w.options().dtype(at::kByte));
-  at::Tensor scale = at::empty({rows, groups}, w.options());
-  at::Tensor zero_point = at::empty({rows, groups}, w.options());
-  if (w.numel() == 0) return {codes, scale, zero_point};
-  const std::vector<float> factors(shrink.begin(), shrink.end());
-  run({w.const_data_ptr<float>(), rows, columns, group_size == 0 ? columns : group_size, type, max_code_of(bits), factors.data(),
-       static_cast<int64_t>(factors.size()), codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>(),
-       zero_point.mutable_data_ptr<float>()},
-      w);
-  return {codes, scale, zero_point};
+  Quantization q = fit_grids(w, group_size, type, bits);
+  if (w.numel() > 0) {
+    search_shrink(w, group_size, bits, shrink, q);
+    encode(w, group_size, bits, q);
+  }
+  return {q.codes, q.scale, q.zero_point};
 }
 
 }  // namespace
