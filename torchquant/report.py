@@ -10,7 +10,7 @@ OK = "ok"
 
 @dataclass
 class LayerReport:
-    """One layer. Errors are relative output errors, sqrt(|| X W^T - X Q^T ||^2 / || X W^T ||^2), over the calibration data."""
+    """One layer. Errors are relative output errors on the calibration data: || X (W - Q)^T || / || X W^T ||."""
 
     name: str
     type: str
