@@ -1,6 +1,10 @@
-"""Runs CMake. Holds no source list and no flags: those are in CMakeLists.txt."""
+"""Runs CMake. Holds no source list and no flags: those are in CMakeLists.txt.
+
+Environment: FORCE_CUDA (0 or 1), TORCH_CUDA_ARCH_LIST (default "8.0;9.0"), MAX_JOBS, TORCHQUANT_CMAKE_ARGS (-D options).
+"""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,17 +19,25 @@ ROOT = Path(__file__).parent.resolve()
 
 def wants_cuda(torch) -> bool:
     """FORCE_CUDA=1 or 0 decides; otherwise a CUDA build of torch together with nvcc."""
-    forced = os.environ.get("FORCE_CUDA")
-    if forced is not None:
-        return forced == "1"
     from torch.utils.cpp_extension import CUDA_HOME
 
-    return torch.version.cuda is not None and CUDA_HOME is not None
+    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    forced = os.environ.get("FORCE_CUDA", "")
+    if forced not in ("", "0", "1"):
+        sys.exit(f"torchquant: FORCE_CUDA must be 0 or 1, got '{forced}'")
+    if forced != "1":
+        return forced == "" and torch.version.cuda is not None and nvcc
+    if torch.version.cuda is None:
+        sys.exit(f"torchquant: FORCE_CUDA=1 needs a CUDA build of torch, found torch {torch.__version__}")
+    if not nvcc:
+        sys.exit(f"torchquant: FORCE_CUDA=1 needs nvcc (looked for bin/nvcc in CUDA_HOME={CUDA_HOME})")
+    return True
 
 
 def cuda_arguments() -> list[str]:
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0").replace(" ", ";").replace("+PTX", "")
-    return ["-DTORCHQUANT_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=" + archs.replace(".", "")]
+    # torch's CMake package turns this list into nvcc flags and ignores CMAKE_CUDA_ARCHITECTURES.
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0").replace(" ", ";").replace(",", ";")
+    return ["-DTORCHQUANT_CUDA=ON", f"-DTORCH_CUDA_ARCH_LIST={archs}"]
 
 
 class CMakeBuild(build_ext):
@@ -36,6 +48,10 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
         build.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
+        # pip installs cmake and ninja beside this interpreter; without an activated environment they are not on PATH.
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+        if shutil.which("cmake") is None:
+            sys.exit("torchquant: needs cmake to build; `pip install cmake ninja`")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build),
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
@@ -45,16 +61,16 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure.append("-GNinja")
-        if wants_cuda(torch):
-            configure += cuda_arguments()
-        configure += os.environ.get("TORCHQUANT_CMAKE_ARGS", "").split()
+        cuda = wants_cuda(torch)
+        configure += cuda_arguments() if cuda else ["-DTORCHQUANT_CUDA=OFF"]
+        configure += shlex.split(os.environ.get("TORCHQUANT_CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
         (target / "_build.py").write_text(
             "# Written by setup.py: what this build was made for.\n"
             f'torch_version = "{torch.__version__}"\n'
-            f'cuda_version = "{torch.version.cuda or ""}"\n'
+            f'cuda_version = "{torch.version.cuda if cuda else ""}"\n'
         )
 
 

@@ -9,15 +9,22 @@ def same_release(built: str, found: str) -> bool:
 
 def load() -> None:
     try:
-        from . import _build  # type: ignore[attr-defined]
+        from . import _build  # type: ignore[attr-defined,unused-ignore]
     except ImportError:
-        raise ImportError("torchquant: not built; run `pip install --no-build-isolation .` in its source folder") from None
+        raise ImportError(
+            "torchquant: not built; run `pip install --no-build-isolation .` in its source folder"
+        ) from None
     if not same_release(_build.torch_version, torch.__version__):
         raise ImportError(
             f"torchquant: built for torch {_build.torch_version}, found torch {torch.__version__}; "
-            "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps torchquant`"
+            "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
         )
-    from . import _C  # noqa: F401
+    from . import _C
+
+    try:
+        _C.cpu_tier()  # chosen here, so that a bad TORCHQUANT_CPU_ISA is an error now and not inside the first operator
+    except ValueError as error:
+        raise ImportError(f"torchquant: {error}") from None
 
 
 load()

@@ -1,0 +1,87 @@
+# Each target sets up what it needs (.venv, torch, the build) and then runs. Nothing has to be prepared but Python 3.11 or newer, a C++20
+# compiler, make and pip. A second run finds the stamps and goes straight to work.
+PYTHON ?= python3
+TORCH ?= torch==2.13.*
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is named in every pip command, so that no dependency can ever pull in another one.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+BUILD := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
+
+.PHONY: help demo test lint bench cuda-check sanitize build clean
+help:
+	@echo "make demo        quantize three real networks, print the tables, write demo-out/report.html (under 8 minutes on 2 cores)"
+	@echo "make test        Python and C++ tests"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make bench       operators against peers and hardware floors (benchmarks/README.md)"
+	@echo "make cuda-check  compile every CUDA file for sm_80 and sm_90, no GPU needed"
+	@echo "make sanitize    C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make build       the operator library and the Python extension, in place"
+
+demo: $(VENV)/demo.stamp build
+	$(BIN)/torchquant demo
+
+test: $(VENV)/test.stamp gtest
+	TORCHQUANT_CMAKE_ARGS="-DTORCHQUANT_TESTS=ON -DTORCHQUANT_WERROR=ON" $(BUILD)
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: $(VENV)/demo.stamp build
+	$(BIN)/python -m benchmarks
+
+cuda-check: $(VENV)/torch.stamp
+	.ci/cuda-check $(BIN)/python
+
+build: $(VENV)/package.stamp
+	$(BUILD)
+
+clean:
+	rm -rf build dist *.egg-info torchquant/_build.py torchquant/*.so demo-out
+
+# detect_leaks=0: libtorch keeps its operator tables, thread pools and allocator caches alive until exit by design, and LeakSanitizer
+#   reports them all; nothing of ours would be found among them.
+# detect_odr_violation=0: libtorch's own libraries define some symbols twice; that is reported at start, before any code of ours runs.
+sanitize: $(VENV)/torch.stamp gtest
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
+	  -DTORCHQUANT_TESTS=ON -DTORCHQUANT_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize -j $(JOBS)
+	cd build/sanitize && PATH="$(CURDIR)/$(BIN):$$PATH" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure
+
+# The C++ tests use the system's GoogleTest. Without it they are left out, and pytest says so in a skip.
+.PHONY: gtest
+gtest:
+	@echo '#include <gtest/gtest.h>' | $(or $(CXX),c++) -E -x c++ - >/dev/null 2>&1 || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y libgtest-dev; } || \
+	  echo "GoogleTest not found: the C++ tests will be skipped. Install it with: sudo apt-get install libgtest-dev"
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "torchquant needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel cmake ninja numpy
+	touch $@
+
+# --no-build-isolation: the build must see the torch that the package will run with.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable ".[demo]"
+	touch $@ $(VENV)/package.stamp
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable ".[test]"
+	touch $@ $(VENV)/package.stamp $(VENV)/demo.stamp
+
+# The tools, and what mypy has to see the types of.
+$(VENV)/lint.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) ruff mypy clang-format pre-commit safetensors tqdm
+	touch $@
