@@ -1,0 +1,219 @@
+"""What to quantize to (``Scheme``) and how (``RTN``, ``MagR``, ``COMQ``, ``GPTQ``, ``Auto``): plain frozen values."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+VERSION = 1  # of the dictionaries written by to_dict
+EFFORTS = ("fast", "standard", "high")
+GRIDS = ("asymmetric", "symmetric", "midrise")
+_SCHEME = re.compile(r"W(\d+)A(\d+)(?:g(\d+))?(-sym)?", re.IGNORECASE)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _one_of(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    _require(value in allowed, f"{owner}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+class _Versioned:
+    """to_dict / from_dict of a frozen dataclass: a version, and an unknown key is an error."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary with the class's name, the version of the layout and every field."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # type: ignore[call-overload]
+        return {"kind": type(self).__name__, "version": VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """The inverse of to_dict. Raises ValueError for another kind or version, or a key that is not a field."""
+        rest = dict(values)
+        kind, version = rest.pop("kind", cls.__name__), rest.pop("version", None)
+        _require(kind == cls.__name__, f"{cls.__name__}: expected kind {cls.__name__!r}, got {kind!r}")
+        _require(version == VERSION, f"{cls.__name__}: this release reads version {VERSION}, got {version!r}")
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(rest) - set(known))
+        _require(not unknown, f"{cls.__name__}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in rest.items()})
+
+
+@dataclass(frozen=True)
+class Scheme(_Versioned):
+    """Bits and grid of a layer, written ``W<bits>A<bits>[g<group size>][-sym]``: ``W4A16``, ``W3A16g128-sym``.
+
+    Args:
+        weight_bits: 2..8.
+        activation_bits: 16, activations stay in floating point.
+        group_size: input columns that share one scale; 0 = the whole row.
+        symmetric: zero point in the middle of the codes instead of one per row or group.
+    """
+
+    weight_bits: int
+    activation_bits: int = 16
+    group_size: int = 0
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.weight_bits <= 8, f"Scheme: weight_bits must be 2..8, got {self.weight_bits}")
+        _require(
+            self.activation_bits == 16,
+            "Scheme: this version quantizes weights only, activation_bits must be 16 (A16: activations stay float), "
+            f"got {self.activation_bits}",
+        )
+        _require(self.group_size >= 0, f"Scheme: group_size must be 0 (whole row) or positive, got {self.group_size}")
+
+    @classmethod
+    def parse(cls, scheme: "str | Scheme") -> "Scheme":
+        """The Scheme that a string such as ``"W4A16g128-sym"`` stands for; a Scheme is returned as it is."""
+        if isinstance(scheme, Scheme):
+            return scheme
+        found = _SCHEME.fullmatch(scheme) if isinstance(scheme, str) else None
+        if found is None:
+            raise ValueError(
+                f"Scheme: expected W<bits>A<bits>[g<group size>][-sym] such as 'W4A16g128', got {scheme!r}"
+            )
+        weight, activation, group, symmetric = found.groups()
+        return cls(int(weight), int(activation), int(group or 0), symmetric is not None)
+
+    def __str__(self) -> str:
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"W{self.weight_bits}A{self.activation_bits}{group}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def grid(self) -> str:
+        return "symmetric" if self.symmetric else "asymmetric"
+
+
+class _Step(_Versioned):
+    """Checks that every step shares: the grid, when it has one."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        grid = getattr(self, "grid", None)
+        if grid is not None:
+            _one_of(type(self).__name__, "grid", grid, GRIDS)
+
+
+@dataclass(frozen=True)
+class RTN(_Step):
+    """Round to nearest. ``grid`` None: the scheme's, or mid-rise after MagR at 2 and 3 bits."""
+
+    name: ClassVar[str] = "rtn"
+    shrink: tuple[float, ...] = (1.0,)
+    grid: str | None = None
+
+
+@dataclass(frozen=True)
+class MagR(_Step):
+    """MagR (2406.00800): lower each row's largest magnitude where the calibration data allow it.
+
+    Args:
+        alpha: weight of the largest magnitude, relative to the Gram's largest eigenvalue. None: 1e-3 for whole rows at
+            2 and 3 bits, 1e-4 for groups and from 4 bits on.
+        iters: 40 steps of fista reach the objective of the paper's 150 to 200 steps of ista.
+        solver: "ista" (the paper's), "fista" or "admm".
+    """
+
+    name: ClassVar[str] = "magr"
+    alpha: float | None = None
+    iters: int = 40
+    solver: str = "fista"
+
+    def __post_init__(self) -> None:
+        _require(self.alpha is None or self.alpha > 0, f"MagR: alpha must be positive, got {self.alpha}")
+        _require(self.iters >= 1, f"MagR: iters must be at least 1, got {self.iters}")
+        _one_of("MagR", "solver", self.solver, ("ista", "fista", "admm"))
+
+
+@dataclass(frozen=True)
+class COMQ(_Step):
+    """COMQ (2403.07134): coordinate descent over codes and scales.
+
+    Args:
+        sweeps: passes over all columns, each followed by a scale update.
+        order: "shared", "greedy", "semi" or "cyclic".
+        update_scale: False keeps the first scale.
+        shrink: factors on the scale that are tried per row; None = the operator's own list.
+        init: "weight", "rtn" or "gptq"; a GPTQ step before this one gives its codes instead.
+        grid: None = the scheme's, or mid-rise after MagR at 2 and 3 bits.
+    """
+
+    name: ClassVar[str] = "comq"
+    sweeps: int = 3
+    order: str = "shared"
+    update_scale: bool = True
+    shrink: tuple[float, ...] | None = None
+    init: str = "weight"
+    grid: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.sweeps >= 1, f"COMQ: sweeps must be at least 1, got {self.sweeps}")
+        _one_of("COMQ", "order", self.order, ("shared", "greedy", "semi", "cyclic"))
+        _one_of("COMQ", "init", self.init, ("weight", "rtn", "gptq"))
+
+
+@dataclass(frozen=True)
+class GPTQ(_Step):
+    """GPTQ (2210.17323). ``damp``: share of the mean diagonal added to the Gram; raised by itself where that fails."""
+
+    name: ClassVar[str] = "gptq"
+    shrink: tuple[float, ...] | None = None
+    damp: float = 0.01
+    order: str = "natural"
+    block_size: int = 128
+    grid: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.damp >= 0, f"GPTQ: damp must not be negative, got {self.damp}")
+        _require(self.block_size >= 1, f"GPTQ: block_size must be at least 1, got {self.block_size}")
+
+
+@dataclass(frozen=True)
+class Auto(_Step):
+    """Try several pipelines and keep, row by row, the one with the lowest output error. ``effort`` bounds the cost."""
+
+    name: ClassVar[str] = "auto"
+    effort: str = "standard"
+
+    def __post_init__(self) -> None:
+        _one_of("Auto", "effort", self.effort, EFFORTS)
+
+
+Step = RTN | MagR | COMQ | GPTQ | Auto
+STEPS: dict[str, type[Step]] = {step.name: step for step in (RTN, MagR, COMQ, GPTQ, Auto)}
+ORDERS = "[magr+] rtn | comq | gptq | gptq+comq, or auto alone"
+
+
+def parse_method(method: "str | Step | Sequence[Step]", effort: str = "standard") -> tuple[Step, ...]:
+    """The steps of ``"auto"``, ``"rtn"``, ``"magr+comq"``, ``"gptq+comq"`` ..., or of a list of step configs.
+
+    Raises:
+        ValueError: an unknown step, or an order of steps that means nothing.
+    """
+    _one_of("quantize_", "effort", effort, EFFORTS)
+    if isinstance(method, str):
+        names = method.lower().split("+")
+        unknown = [name for name in names if name not in STEPS]
+        _require(not unknown, f"method: unknown step {', '.join(unknown)!r}; known: {', '.join(STEPS)}")
+        steps: tuple[Step, ...] = tuple(Auto(effort) if name == "auto" else STEPS[name]() for name in names)
+    else:
+        steps = (method,) if isinstance(method, tuple(STEPS.values())) else tuple(method)  # type: ignore[arg-type,assignment]
+        wrong = [step for step in steps if not isinstance(step, tuple(STEPS.values()))]
+        _require(not wrong, f"method: expected step configs such as MagR() or COMQ(), got {wrong}")
+    solving = (
+        [step.name for step in steps[1:] or steps] if steps and steps[0].name == "magr" else [s.name for s in steps]
+    )
+    allowed = solving in (["rtn"], ["comq"], ["gptq"], ["gptq", "comq"]) or [s.name for s in steps] == ["auto"]
+    _require(allowed, f"method: expected {ORDERS}; got {method_name(steps) or 'no step'}")
+    return steps
+
+
+def method_name(steps: Sequence[Step]) -> str:
+    return "+".join(step.name for step in steps)
