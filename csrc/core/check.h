@@ -19,7 +19,6 @@ void check_shrink(const char* op, at::ArrayRef<double> shrink);
 GridType parse_grid(const char* op, std::string_view grid);
 
 inline int64_t group_count(int64_t columns, int64_t group_size) {
-  if (columns == 0) return 0;
   return group_size == 0 ? 1 : (columns + group_size - 1) / group_size;
 }
 

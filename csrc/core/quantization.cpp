@@ -1,6 +1,8 @@
 #include <csrc/core/quantization.h>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/grid.h>
@@ -43,9 +45,9 @@ void for_row_chunks(const GridRows& all, const Leaf& leaf) {
 
 Quantization fit_grids(const at::Tensor& weight, int64_t group_size, GridType type, int64_t bits) {
   const int64_t rows = weight.size(0), columns = weight.size(1), groups = group_count(columns, group_size);
-  Quantization q{at::empty({rows, columns}, weight.options().dtype(at::kByte)), at::empty({rows, groups}, weight.options()),
-                 at::empty({rows, groups}, weight.options())};
-  if (weight.numel() == 0) return q;
+  Quantization q{at::empty({rows, columns}, weight.options().dtype(at::kByte)), at::ones({rows, groups}, weight.options()),
+                 at::zeros({rows, groups}, weight.options())};
+  if (weight.numel() == 0) return q;  // rows of no columns still have a grid
   const GridRows all = rows_of(weight, group_size, type, bits, q);
   if (weight.is_cuda()) {
     TORCHQUANT_LAUNCH(fit_grid_rows, all);
