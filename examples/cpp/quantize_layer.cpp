@@ -1,0 +1,70 @@
+// Quantizes a layer with COMQ and runs a quantized model, without Python.
+// usage: quantize_layer FOLDER   (layer.pt and model.pt in it are written by make_inputs.py)
+#include <torch/script.h>
+
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "operators.h"
+
+namespace {
+
+using Tensors = c10::Dict<std::string, at::Tensor>;
+
+// What Python's torch.save({name: tensor}) wrote.
+Tensors load_tensors(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK(file, "quantize_layer: cannot read ", path);
+  const std::vector<char> bytes((std::istreambuf_iterator<char>(file)),
+                                std::istreambuf_iterator<char>());
+  return c10::impl::toTypedDict<std::string, at::Tensor>(
+      torch::jit::pickle_load(bytes).toGenericDict());
+}
+
+bool report(const char* what, bool holds) {
+  std::cout << (holds ? "ok      " : "DIFFERS ") << what << std::endl;
+  return holds;
+}
+
+// The layer that Python quantized, quantized again here: the same bits must come out.
+bool quantize_layer(const Tensors& layer) {
+  const at::Tensor weight = layer.at("weight"), inputs = layer.at("inputs");
+  at::Tensor gram = at::zeros({weight.size(1), weight.size(1)});
+  torchquant::gram_accumulate_(gram, inputs);
+  const torchquant::Quantized here = torchquant::comq_quantize(
+      weight, gram, layer.at("bits").item<int64_t>(), layer.at("group_size").item<int64_t>());
+  std::cout << "weight " << weight.sizes() << ", " << inputs.size(0) << " inputs, status "
+            << here.info[0].item<int64_t>() << "\n";
+  bool same = report("gram", at::equal(gram, layer.at("gram")));
+  same &= report("codes", at::equal(here.codes, layer.at("codes")));
+  same &= report("scale", at::equal(here.scale, layer.at("scale")));
+  return report("zero point", at::equal(here.zero_point, layer.at("zero_point"))) && same;
+}
+
+// The model that Python quantized and scripted. Its float products may be summed in another order,
+// so outputs get a tolerance.
+bool run_model(const std::string& path, const Tensors& layer) {
+  torch::jit::Module model = torch::jit::load(path);
+  const at::Tensor outputs = model.forward({layer.at("model_inputs")}).toTensor();
+  return report("model outputs", at::allclose(outputs, layer.at("model_outputs"), 1e-5, 1e-5));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  if (argc != 2) {
+    std::cerr << "usage: quantize_layer FOLDER\n";
+    return 2;
+  }
+  const std::string folder = argv[1];
+  const torch::InferenceMode no_autograd;
+  const Tensors layer = load_tensors(folder + "/layer.pt");
+  const bool same = quantize_layer(layer);
+  return run_model(folder + "/model.pt", layer) && same ? 0 : 1;
+} catch (const std::exception& error) {
+  std::cerr << error.what() << "\n";
+  return 1;
+}

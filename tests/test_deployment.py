@@ -1,0 +1,195 @@
+"""Every operator and a quantized model by every road: TorchScript, export, torch.compile, AOTInductor, C++."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, scripted
+from torch import Tensor, nn
+
+import torchquant
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = torch.ops.torchquant
+
+
+class Gram(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        gram = torch.zeros(x.size(1), x.size(1))
+        torch.ops.torchquant.gram_accumulate_(gram, x)
+        return [gram]
+
+
+class CrossGram(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        cross = torch.zeros(x.size(1), 5)
+        torch.ops.torchquant.cross_gram_accumulate_(cross, x, x[:, :5])
+        return [cross]
+
+
+class ConvGram(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        gram = torch.zeros(2, 18, 18)
+        picture = x[:, :16].reshape(-1, 4, 4, 4)
+        torch.ops.torchquant.conv_gram_accumulate_(
+            gram, picture, kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=2
+        )
+        return [gram]
+
+
+class RTN(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(
+            weight, bits=3, group_size=16, grid="midrise", shrink=[1.0, 0.9]
+        )
+        return [codes, scale, zero_point]
+
+
+class MagR(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        return [torch.ops.torchquant.magr_preprocess(weight, x.t() @ x, alpha=1e-2, iters=20, solver="fista")]
+
+
+class COMQ(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes, scale, zero_point, info = torch.ops.torchquant.comq_quantize(
+            weight, x.t() @ x, bits=3, group_size=16, sweeps=2, order="greedy"
+        )
+        return [codes, scale, zero_point, info]
+
+
+class GPTQ(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes, scale, zero_point, info = torch.ops.torchquant.gptq_quantize(
+            weight, x.t() @ x, bits=2, damp=0.02, order="activation"
+        )
+        return [codes, scale, zero_point, info]
+
+
+class Errors(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight, bits=4, group_size=16)
+        values = torch.ops.torchquant.dequantize(codes, scale, zero_point, group_size=16)
+        error = torch.ops.torchquant.quantization_error(weight, x.t() @ x, codes, scale, zero_point, group_size=16)
+        return [values, error]
+
+
+# What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
+PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
+    Gram: ("gram_accumulate_",),
+    CrossGram: ("cross_gram_accumulate_",),
+    ConvGram: ("conv_gram_accumulate_",),
+    RTN: ("rtn_quantize",),
+    MagR: ("magr_preprocess",),
+    COMQ: ("comq_quantize",),
+    GPTQ: ("gptq_quantize",),
+    Errors: ("dequantize", "quantization_error"),
+}
+COMPILED = (Gram, COMQ, Errors)  # seconds each
+programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(24, 40, generator=generator), torch.randn(200, 40, generator=generator)
+
+
+def test_every_operator_is_deployed():
+    registered = {
+        name.removeprefix("torchquant::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("torchquant::")
+    }
+    assert registered == {operator for operators in PROGRAMS.values() for operator in operators}
+
+
+@programs
+def test_torchscript_saved_and_loaded(program: type[nn.Module]):
+    assert_same(scripted(program())(*inputs()), program()(*inputs()))
+
+
+@programs
+def test_export_with_a_dynamic_shape(program: type[nn.Module]):
+    weight, x = inputs()
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(program(), (weight, x), dynamic_shapes=({0: rows}, None), strict=False)
+    assert any("torchquant" in str(node.target) for node in exported.graph.nodes)
+    other = torch.cat([weight, weight[:7]])
+    assert_same(exported.module()(other, x), program()(other, x))
+
+
+@pytest.mark.parametrize("program", COMPILED, ids=lambda program: program.__name__)
+def test_compile_without_a_graph_break(program: type[nn.Module]):
+    with torch.no_grad():
+        assert_same(torch.compile(program(), fullgraph=True)(*inputs()), program()(*inputs()))
+
+
+@pytest.fixture(scope="module")
+def quantized() -> tuple[nn.Module, Tensor]:
+    """A small model with linear, convolution and depthwise convolution, quantized to 3 bits, and an input for it."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Flatten(),
+        nn.Linear(8 * 4 * 4, 10),
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    batches = [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(8)]
+    torchquant.quantize_(model, "W3A16", batches, method="comq", progress=False)
+    return model, torch.randn(4, 3, 8, 8, generator=generator)
+
+
+def road_script(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    return scripted(model)
+
+
+def road_export(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    torch.export.save(torch.export.export(model, (x,)), folder / "model.pt2")
+    return torch.export.load(folder / "model.pt2").module()
+
+
+def road_compile(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, fullgraph=True)
+
+
+def road_aoti(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    exported = torch.export.export(model, (x,))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / "model.pt2"))
+    return torch._inductor.aoti_load_package(package)
+
+
+@pytest.mark.parametrize("road", [road_script, road_export, road_compile, road_aoti], ids=lambda road: road.__name__)
+def test_quantized_model(road: Callable, quantized: tuple[nn.Module, Tensor], tmp_path: Path):
+    model, x = quantized
+    with torch.no_grad():
+        wanted = model(x)
+        got = road(model, x, tmp_path)(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # another compiler sums in another order
+
+
+def program_beside_python(name: str) -> str | None:
+    """pip's cmake and ctest lie beside the interpreter."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def test_program_without_python_gives_the_same_codes():
+    cmake, ctest = program_beside_python("cmake"), program_beside_python("ctest")
+    if cmake is None or ctest is None:
+        pytest.skip("needs cmake: pip install cmake")
+    build = ROOT / "build" / "example"
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    for command in (
+        [cmake, "-S", ROOT / "examples" / "cpp", "-B", build, python],
+        [cmake, "--build", build],
+        [ctest, "--test-dir", build, "--output-on-failure", "--no-tests=error"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
