@@ -1,3 +1,6 @@
+from .comq import comq_quantize
+from .dequantize import dequantize, quantization_error
+from .gptq import gptq_quantize
 from .rtn import rtn_quantize
 
-__all__ = ["rtn_quantize"]
+__all__ = ["comq_quantize", "dequantize", "gptq_quantize", "quantization_error", "rtn_quantize"]

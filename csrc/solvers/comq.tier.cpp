@@ -1,0 +1,177 @@
+#include <csrc/solvers/comq.h>
+
+namespace torchquant::TORCHQUANT_TIER {
+namespace {
+
+// Sums run in a fixed number of lanes whatever the vector width, so every tier rounds alike.
+constexpr int64_t kRowLanes = 32;  // rows side by side in comq_block: two chains of divisions hide each other's latency
+constexpr int64_t kDotLanes = 64;  // partial sums of a dot product
+constexpr int64_t kLookLanes = 16;  // coordinates whose codes are tried at once in comq_sweep
+
+// One block for up to kRowLanes rows, stored coordinate by coordinate with the rows side by side.
+struct Tile {
+  float weight[kComqMaxBlock][kRowLanes];
+  float gradient[kComqMaxBlock][kRowLanes];
+  float scale[kComqMaxBlock][kRowLanes];
+  float zero_point[kComqMaxBlock][kRowLanes];
+};
+
+void load_tile(const ComqBlock& block, int64_t first, int64_t lanes, Tile& tile) {
+  const RowGrids& grids = block.grids;
+  const int64_t grid_columns = grids.column_stride == 0 ? 1 : block.width;
+  for (int64_t l = 0; l < kRowLanes; ++l) {
+    const int64_t row = l < lanes ? first + l : first;  // spare lanes repeat the first row
+    for (int64_t j = 0; j < block.width; ++j) {
+      tile.weight[j][l] = block.weight[row * block.stride + j];
+      tile.gradient[j][l] = block.gradient[row * block.stride + j];
+    }
+    for (int64_t j = 0; j < grid_columns; ++j) {
+      tile.scale[j][l] = grids.scale[row * grids.row_stride + j];
+      tile.zero_point[j][l] = grids.zero_point[row * grids.row_stride + j];
+    }
+  }
+}
+
+void block_rows(const ComqBlock& block, int64_t first, int64_t lanes) {
+  Tile tile;
+  load_tile(block, first, lanes, tile);
+  for (int64_t j = 0; j < block.width; ++j) {
+    const int64_t grid = block.grids.column_stride == 0 ? 0 : j;
+    const float inverse = block.inverse_diagonal[j];
+    const float alive = inverse > 0.0f ? 1.0f : 0.0f;
+    const float* scale = tile.scale[grid];
+    const float* zero_point = tile.zero_point[grid];
+    float code[kRowLanes];
+    float change[kRowLanes];
+    for (int64_t l = 0; l < kRowLanes; ++l) {
+      const float w = tile.weight[j][l];
+      code[l] = to_code(w + tile.gradient[j][l] * inverse, scale[l], zero_point[l], block.grids.max_code);
+      change[l] = (w - to_value(code[l], scale[l], zero_point[l])) * alive;
+    }
+    const float* gram = block.gram + j * block.gram_stride;
+    for (int64_t k = j + 1; k < block.width; ++k) {
+      const float h = gram[k];
+      for (int64_t l = 0; l < kRowLanes; ++l) tile.gradient[k][l] += change[l] * h;
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      block.codes[(first + l) * block.stride + j] = static_cast<uint8_t>(code[l]);
+      block.change[(first + l) * block.width + j] = change[l];
+    }
+  }
+}
+
+void block_row_in_order(const ComqBlock& block, int64_t row) {
+  const float* weight = block.weight + row * block.stride;
+  float gradient[kComqMaxBlock];
+  for (int64_t k = 0; k < block.width; ++k) gradient[k] = block.gradient[row * block.stride + k];
+  for (int64_t t = 0; t < block.width; ++t) {
+    const int64_t j = block.order[row * block.stride + t];
+    const int64_t grid = row * block.grids.row_stride + j * block.grids.column_stride;
+    const float scale = block.grids.scale[grid];
+    const float zero_point = block.grids.zero_point[grid];
+    const float inverse = block.inverse_diagonal[j];
+    const float code = to_code(weight[j] + gradient[j] * inverse, scale, zero_point, block.grids.max_code);
+    const float change = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;
+    const float* gram = block.gram + j * block.gram_stride;
+    for (int64_t k = 0; k < block.width; ++k) gradient[k] += change * gram[k];
+    block.codes[row * block.stride + j] = static_cast<uint8_t>(code);
+    block.change[row * block.width + j] = change;
+  }
+}
+
+float dot(const float* __restrict__ a, const float* __restrict__ b, int64_t length) {
+  float lanes[kDotLanes] = {};
+  int64_t k = 0;
+  for (; k + kDotLanes <= length; k += kDotLanes) {
+    for (int64_t l = 0; l < kDotLanes; ++l) lanes[l] += a[k + l] * b[k + l];
+  }
+  for (int64_t l = 0; k + l < length; ++l) lanes[l] += a[k + l] * b[k + l];
+  for (int64_t half = kDotLanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
+}
+
+// Left-looking with look-ahead: while coordinate t is rounded, the product for coordinate t + 1 is summed without it and corrected
+// by one term afterwards, so nothing but `change` is written and the latency of the rounding is hidden.
+void greedy_row(const ComqGreedy& all, int64_t row) {
+  const int64_t columns = all.columns;
+  const float* weight = all.weight + row * columns;
+  const int32_t* order = all.order + row * columns;
+  float* change = all.change + row * columns;
+  for (int64_t k = 0; k < columns; ++k) change[k] = 0.0f;
+  float product = 0.0f;  // sum over visited k of change_k H_jk for the current j
+  for (int64_t t = 0; t < columns; ++t) {
+    const int64_t j = order[t];
+    const float* next_gram = t + 1 < columns ? all.gram + order[t + 1] * columns : nullptr;
+    const float next_product = next_gram != nullptr ? dot(change, next_gram, columns) : 0.0f;
+    const int64_t grid = row * all.grids.row_stride + j * all.grids.column_stride;
+    const float scale = all.grids.scale[grid];
+    const float zero_point = all.grids.zero_point[grid];
+    const float inverse = all.inverse_diagonal[j];
+    const float gradient = all.gradient != nullptr ? all.gradient[row * columns + j] + product : product;
+    const float code = to_code(weight[j] + gradient * inverse, scale, zero_point, all.grids.max_code);
+    change[j] = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;
+    all.codes[row * columns + j] = static_cast<uint8_t>(code);
+    if (next_gram != nullptr) product = next_product + change[j] * next_gram[j];
+  }
+}
+
+// Codes change rarely after the first sweep: kLookLanes coordinates are tried at once, and only the first that changes is applied.
+int64_t sweep_row(const ComqSweep& sweep, int64_t row) {
+  const int64_t columns = sweep.columns;
+  uint8_t* codes = sweep.codes + row * columns;
+  float* gradient = sweep.gradient + row * columns;
+  const int32_t* order = sweep.order == nullptr ? nullptr : sweep.order + row * columns;
+  const float* scales = sweep.grids.scale + row * sweep.grids.row_stride;
+  const float* zero_points = sweep.grids.zero_point + row * sweep.grids.row_stride;
+  int64_t changed = 0;
+  for (int64_t t = 0; t < columns;) {
+    const int64_t lanes = columns - t < kLookLanes ? columns - t : kLookLanes;
+    float code[kLookLanes];
+    float before[kLookLanes];
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t j = order == nullptr ? t + l : order[t + l];
+      const float scale = scales[j * sweep.grids.column_stride];
+      const float zero_point = zero_points[j * sweep.grids.column_stride];
+      before[l] = static_cast<float>(codes[j]);
+      const float best = to_value(before[l], scale, zero_point) + gradient[j] * sweep.inverse_diagonal[j];
+      const float tried = to_code(best, scale, zero_point, sweep.grids.max_code);
+      code[l] = sweep.inverse_diagonal[j] > 0.0f ? tried : before[l];
+    }
+    int64_t l = 0;
+    while (l < lanes && code[l] == before[l]) ++l;
+    t += l;
+    if (l == lanes) continue;
+    const int64_t j = order == nullptr ? t : order[t];
+    const float change = (before[l] - code[l]) * scales[j * sweep.grids.column_stride];
+    const float* __restrict__ gram = sweep.gram + j * columns;
+    for (int64_t k = 0; k < columns; ++k) gradient[k] += change * gram[k];
+    codes[j] = static_cast<uint8_t>(code[l]);
+    ++changed;
+    ++t;
+  }
+  return changed;
+}
+
+}  // namespace
+
+void comq_block(const ComqBlock& block) {
+  if (block.order != nullptr) {
+    for (int64_t row = 0; row < block.rows; ++row) block_row_in_order(block, row);
+    return;
+  }
+  for (int64_t first = 0; first < block.rows; first += kRowLanes) {
+    block_rows(block, first, block.rows - first < kRowLanes ? block.rows - first : kRowLanes);
+  }
+}
+
+void comq_greedy(const ComqGreedy& all) {
+  for (int64_t row = 0; row < all.rows; ++row) greedy_row(all, row);
+}
+
+void comq_sweep(const ComqSweep& sweep) {
+  for (int64_t row = 0; row < sweep.rows; ++row) *sweep.changed += sweep_row(sweep, row);
+}
+
+}  // namespace torchquant::TORCHQUANT_TIER
