@@ -1,6 +1,5 @@
-// Opens the operator namespace. Each room adds its own schemas with TORCH_LIBRARY_FRAGMENT at the foot of its file.
+// Opens the operator namespace. Each room adds its own schemas with TORCH_LIBRARY_FRAGMENT at the
+// foot of its file.
 #include <torch/library.h>
 
-TORCH_LIBRARY(torchquant, m) {
-  (void)m;
-}
+TORCH_LIBRARY(torchquant, m) { (void)m; }

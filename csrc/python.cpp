@@ -1,4 +1,5 @@
-// The Python extension: build facts and the CPU tier. Importing it loads the operator library, which registers every operator.
+// The Python extension: build facts and the CPU tier. Importing it loads the operator library,
+// which registers every operator.
 #include <csrc/core/cpu_tier.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,7 +11,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  m.def("cpu_tiers", &torchquant::cpu_tiers, "Every tier that this build and this CPU have, slowest first.");
+  m.def("cpu_tiers", &torchquant::cpu_tiers,
+        "Every tier that this build and this CPU have, slowest first.");
   m.def("cpu_tier", &torchquant::cpu_tier_name, "The tier in use.");
   m.def("set_cpu_tier", &torchquant::set_cpu_tier, "Use another tier (tests, benchmarks).");
 }

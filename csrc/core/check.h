@@ -7,11 +7,15 @@
 
 namespace torchquant {
 
-void check_matrix(const char* op, const char* argument, const at::Tensor& matrix);  // [N, K], float32 | float16 | bfloat16
-// [K, K], or [B, K, K] when B problems of N / B consecutive rows each have their own Gram; float32 | float64.
+void check_matrix(const char* op, const char* argument,
+                  const at::Tensor& matrix);  // [N, K], float32 | float16 | bfloat16
+// [K, K], or [B, K, K] when B problems of N / B consecutive rows each have their own Gram; float32
+// | float64.
 void check_gram(const char* op, const at::Tensor& gram, const at::Tensor& weight);
-void check_shape(const char* op, const char* argument, const at::Tensor& tensor, at::IntArrayRef shape);
-void check_same_device(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& weight);
+void check_shape(const char* op, const char* argument, const at::Tensor& tensor,
+                 at::IntArrayRef shape);
+void check_same_device(const char* op, const char* argument, const at::Tensor& tensor,
+                       const at::Tensor& weight);
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor);
 void check_bits(const char* op, int64_t bits);
 void check_group_size(const char* op, int64_t group_size);

@@ -35,7 +35,8 @@ CpuTier parse(const std::string& name) {
   }
   std::string have;
   for (const std::string& tier : cpu_tiers()) have += (have.empty() ? "" : ", ") + tier;
-  throw std::invalid_argument("TORCHQUANT_CPU_ISA: must be a tier that this CPU has (" + have + "), got '" + name + "'");
+  throw std::invalid_argument("TORCHQUANT_CPU_ISA: must be a tier that this CPU has (" + have +
+                              "), got '" + name + "'");
 }
 
 CpuTier choose() {

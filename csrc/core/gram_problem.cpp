@@ -7,7 +7,8 @@
 namespace torchquant {
 namespace {
 
-constexpr double kDeadRatio = 1e-30;  // of the largest diagonal element: below, 1 / H_jj would leave float32
+constexpr double kDeadRatio =
+    1e-30;  // of the largest diagonal element: below, 1 / H_jj would leave float32
 
 }  // namespace
 
@@ -19,7 +20,8 @@ GramProblem gram_problem(const char* op, const at::Tensor& weight, const at::Ten
 
   GramProblem p;
   const int64_t problems = gram.dim() == 3 ? gram.size(0) : 1, columns = gram.size(-1);
-  p.weight = weight.to(at::kFloat).contiguous().view({problems, weight.size(0) / problems, columns});
+  p.weight =
+      weight.to(at::kFloat).contiguous().view({problems, weight.size(0) / problems, columns});
   const at::Tensor grams = gram.reshape({problems, columns, columns});
   const double largest = columns > 0 ? grams.diagonal(0, 1, 2).max().item<double>() : 0.0;
   p.unit = largest > 0 ? std::exp2(-std::ilogb(largest)) : 1.0;

@@ -11,7 +11,8 @@ struct GramProblem {
   at::Tensor gram;      // float32 [B, K, K], contiguous, times `unit`
   at::Tensor diagonal;  // [B, K] of gram
   at::Tensor dead;      // bool [B, K]: inputs that never fire
-  double unit;          // a power of two that brings the largest diagonal element near 1: no overflow in float32, the same bits
+  double unit;  // a power of two that brings the largest diagonal element near 1: no overflow in
+                // float32, the same bits
 };
 
 // Checks weight and gram.
@@ -30,15 +31,16 @@ struct Part {
   }
 };
 
-// Calls task(part) for parts of about rows_per_part rows of `weight` [B, n, K]; see Note [thread-independent codes]. On CUDA one part
-// holds everything.
+// Calls task(part) for parts of about rows_per_part rows of `weight` [B, n, K]; see Note
+// [thread-independent codes]. On CUDA one part holds everything.
 template <class Task>
 void for_each_part(const at::Tensor& weight, int64_t rows_per_part, const Task& task) {
   const int64_t problems = weight.size(0), rows = weight.size(1);
   const bool by_rows = problems == 1;
   const int64_t total = by_rows ? rows : problems;
   if (weight.is_cuda()) return task(Part{by_rows, 0, total});
-  const int64_t step = by_rows ? rows_per_part : std::max<int64_t>(1, rows_per_part / std::max<int64_t>(rows, 1));
+  const int64_t step =
+      by_rows ? rows_per_part : std::max<int64_t>(1, rows_per_part / std::max<int64_t>(rows, 1));
   for_each_chunk((total + step - 1) / step, [&](int64_t chunk) {
     task(Part{by_rows, chunk * step, std::min(step, total - chunk * step)});
   });

@@ -1,4 +1,5 @@
-// What every weight solver starts and ends with: the grid of each row (or group), codes on a given grid, values of given codes.
+// What every weight solver starts and ends with: the grid of each row (or group), codes on a given
+// grid, values of given codes.
 #pragma once
 #include <csrc/core/cpu_tier.h>
 #include <csrc/core/quant_math.h>
@@ -7,7 +8,8 @@
 
 namespace torchquant {
 
-// N rows of K weights, cut into groups of group_size columns (the last may be ragged), G groups a row.
+// N rows of K weights, cut into groups of group_size columns (the last may be ragged), G groups a
+// row.
 struct GridRows {
   const float* weight;  // [N, K]
   int64_t rows;

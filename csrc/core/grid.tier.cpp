@@ -3,7 +3,8 @@
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-// Calls visit(first weight, length, index of the group in scale and zero_point) for every group of every row.
+// Calls visit(first weight, length, index of the group in scale and zero_point) for every group of
+// every row.
 template <class Visit>
 void for_each_group(const GridRows& rows, const Visit& visit) {
   int64_t group = 0;
@@ -36,7 +37,8 @@ void encode_rows(const GridRows& rows) {
     const float scale = rows.scale[group];
     const float zero_point = rows.zero_point[group];
     for (int64_t i = first; i < first + length; ++i) {
-      rows.codes[i] = static_cast<uint8_t>(to_code(rows.weight[i], scale, zero_point, rows.max_code));
+      rows.codes[i] =
+          static_cast<uint8_t>(to_code(rows.weight[i], scale, zero_point, rows.max_code));
     }
   });
 }

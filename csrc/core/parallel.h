@@ -1,6 +1,7 @@
-// Note [thread-independent codes]: a BLAS product may round differently for another number of threads, and a flipped bit can flip a
-// code. So on the CPU work is cut into chunks whose size depends on the problem only, and every chunk runs on one thread, BLAS
-// inside it included: a BLAS called from an active parallel region stays on the calling thread.
+// Note [thread-independent codes]: a BLAS product may round differently for another number of
+// threads, and a flipped bit can flip a code. So on the CPU work is cut into chunks whose size
+// depends on the problem only, and every chunk runs on one thread, BLAS inside it included: a BLAS
+// called from an active parallel region stays on the calling thread.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -10,11 +11,13 @@
 
 namespace torchquant {
 
-// Runs task(index) for index 0..count-1. At least two tasks are announced so that even a single one runs inside a parallel region.
+// Runs task(index) for index 0..count-1. At least two tasks are announced so that even a single one
+// runs inside a parallel region.
 template <class Task>
 void for_each_chunk(int64_t count, const Task& task) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // the dispatch state of the caller does not follow into worker threads
+    const at::AutoDispatchBelowADInplaceOrView
+        guard;  // the dispatch state of the caller does not follow into worker threads
     for (int64_t i = begin; i < std::min(end, count); ++i) task(i);
   });
 }

@@ -1,7 +1,8 @@
 // The only rounding in the library. value = (code - zero_point) * scale; host and device; no Torch.
-// Note [ties and zero points]: rounding is half to even everywhere. A code is found by clamping value / scale + zero_point to
-// [0, max_code] and then rounding: with integral bounds that equals rounding first, and it keeps the argument small enough for
-// the exact float trick below, which gives the same bits on every CPU tier and on CUDA.
+// Note [ties and zero points]: rounding is half to even everywhere. A code is found by clamping
+// value / scale + zero_point to [0, max_code] and then rounding: with integral bounds that equals
+// rounding first, and it keeps the argument small enough for the exact float trick below, which
+// gives the same bits on every CPU tier and on CUDA.
 #pragma once
 #include <cstdint>
 
@@ -13,8 +14,9 @@
 
 namespace torchquant {
 
-// asymmetric: integral zero_point from min and max. symmetric: zero_point = 2^(bits-1). midrise: zero_point = (2^bits - 1) / 2, so
-// the levels are odd multiples of scale / 2 (what rows need whose min is exactly -max: MagR's).
+// asymmetric: integral zero_point from min and max. symmetric: zero_point = 2^(bits-1). midrise:
+// zero_point = (2^bits - 1) / 2, so the levels are odd multiples of scale / 2 (what rows need whose
+// min is exactly -max: MagR's).
 enum class GridType : int32_t { asymmetric, symmetric, midrise };
 
 struct Grid {
@@ -22,11 +24,14 @@ struct Grid {
   float zero_point;
 };
 
-TORCHQUANT_HOST_DEVICE float max_code_of(int64_t bits) { return static_cast<float>((1 << bits) - 1); }
+TORCHQUANT_HOST_DEVICE float max_code_of(int64_t bits) {
+  return static_cast<float>((1 << bits) - 1);
+}
 
 TORCHQUANT_HOST_DEVICE float absolute(float x) { return x < 0 ? -x : x; }
 
-// Half to even for |x| <= 2^22: the sum leaves no bits below the unit, so the hardware rounds it there.
+// Half to even for |x| <= 2^22: the sum leaves no bits below the unit, so the hardware rounds it
+// there.
 TORCHQUANT_HOST_DEVICE float round_to_integer(float x) {
   const float kMagic = 12582912.0f;  // 1.5 * 2^23
   return (x + kMagic) - kMagic;
@@ -39,10 +44,12 @@ TORCHQUANT_HOST_DEVICE float to_code(float value, float scale, float zero_point,
   return round_to_integer(x);
 }
 
-TORCHQUANT_HOST_DEVICE float to_value(float code, float scale, float zero_point) { return (code - zero_point) * scale; }
+TORCHQUANT_HOST_DEVICE float to_value(float code, float scale, float zero_point) {
+  return (code - zero_point) * scale;
+}
 
-// A row whose values are all v is represented exactly: v = 0 by scale 1 on an integral zero point (midrise has no zero level), any
-// other v by one level.
+// A row whose values are all v is represented exactly: v = 0 by scale 1 on an integral zero point
+// (midrise has no zero level), any other v by one level.
 TORCHQUANT_HOST_DEVICE Grid constant_grid(GridType type, float v, float max_code) {
   const float half = (max_code + 1.0f) / 2.0f;
   if (v == 0.0f) return {1.0f, type == GridType::asymmetric ? 0.0f : half};
@@ -50,8 +57,8 @@ TORCHQUANT_HOST_DEVICE Grid constant_grid(GridType type, float v, float max_code
   return {absolute(v), type == GridType::symmetric ? half : (v > 0 ? 0.0f : 1.0f)};
 }
 
-// The grid that spans [lo, hi]. Ranges under the smallest normal float count as zero; a range so far from zero that its zero point
-// would lose bits (beyond 2^20) is widened to contain zero.
+// The grid that spans [lo, hi]. Ranges under the smallest normal float count as zero; a range so
+// far from zero that its zero point would lose bits (beyond 2^20) is widened to contain zero.
 TORCHQUANT_HOST_DEVICE Grid fit_grid(GridType type, float lo, float hi, float max_code) {
   const float kSmallest = 1.17549435e-38f;
   const float kZeroPointLimit = 1048576.0f;

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kRowsPerChunk = 16;
 
-GridRows rows_of(const at::Tensor& weight, int64_t group_size, GridType type, int64_t bits, Quantization& q) {
+GridRows rows_of(const at::Tensor& weight, int64_t group_size, GridType type, int64_t bits,
+                 Quantization& q) {
   const int64_t columns = weight.size(1);
   return {weight.const_data_ptr<float>(),
           weight.size(0),
@@ -44,8 +45,10 @@ void for_row_chunks(const GridRows& all, const Leaf& leaf) {
 }  // namespace
 
 Quantization fit_grids(const at::Tensor& weight, int64_t group_size, GridType type, int64_t bits) {
-  const int64_t rows = weight.size(0), columns = weight.size(1), groups = group_count(columns, group_size);
-  Quantization q{at::empty({rows, columns}, weight.options().dtype(at::kByte)), at::ones({rows, groups}, weight.options()),
+  const int64_t rows = weight.size(0), columns = weight.size(1),
+                groups = group_count(columns, group_size);
+  Quantization q{at::empty({rows, columns}, weight.options().dtype(at::kByte)),
+                 at::ones({rows, groups}, weight.options()),
                  at::zeros({rows, groups}, weight.options())};
   if (weight.numel() == 0) return q;  // rows of no columns still have a grid
   const GridRows all = rows_of(weight, group_size, type, bits, q);
@@ -74,7 +77,9 @@ at::Tensor expand_groups(const at::Tensor& grouped, int64_t columns, int64_t gro
 
 at::Tensor values_of(const Quantization& q, int64_t group_size) {
   const int64_t columns = q.codes.size(-1);
-  return q.codes.to(at::kFloat).sub_(expand_groups(q.zero_point, columns, group_size)).mul_(expand_groups(q.scale, columns, group_size));
+  return q.codes.to(at::kFloat)
+      .sub_(expand_groups(q.zero_point, columns, group_size))
+      .mul_(expand_groups(q.scale, columns, group_size));
 }
 
 }  // namespace torchquant

@@ -14,8 +14,10 @@ namespace {
 constexpr int64_t kRowsPerChunk = 96;
 
 void check_quantization(const char* op, const Quantization& q, int64_t group_size) {
-  TORCH_CHECK_VALUE(q.codes.dim() == 2, op, ": codes must be a matrix [N, K], got shape ", q.codes.sizes());
-  TORCH_CHECK_TYPE(q.codes.scalar_type() == at::kByte, op, ": codes must be uint8, got ", q.codes.scalar_type());
+  TORCH_CHECK_VALUE(q.codes.dim() == 2, op, ": codes must be a matrix [N, K], got shape ",
+                    q.codes.sizes());
+  TORCH_CHECK_TYPE(q.codes.scalar_type() == at::kByte, op, ": codes must be uint8, got ",
+                   q.codes.scalar_type());
   check_group_size(op, group_size);
   const int64_t groups = group_count(q.codes.size(1), group_size);
   check_shape(op, "scale", q.scale, {q.codes.size(0), groups});
@@ -35,7 +37,8 @@ at::Tensor dequantize(const at::Tensor& codes,       // uint8 [N, K]
   return values_of(q, group_size).contiguous();
 }
 
-at::Tensor quantization_error(const at::Tensor& weight, const at::Tensor& gram, const at::Tensor& codes, const at::Tensor& scale,
+at::Tensor quantization_error(const at::Tensor& weight, const at::Tensor& gram,
+                              const at::Tensor& codes, const at::Tensor& scale,
                               const at::Tensor& zero_point, int64_t group_size) {
   const char* op = "quantization_error";
   check_device(op, weight);
@@ -59,7 +62,8 @@ at::Tensor quantization_error(const at::Tensor& weight, const at::Tensor& gram, 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def("dequantize(Tensor codes, Tensor scale, Tensor zero_point, *, int group_size=0) -> Tensor");
   m.def(
-      "quantization_error(Tensor weight, Tensor gram, Tensor codes, Tensor scale, Tensor zero_point, *, int group_size=0) -> Tensor");
+      "quantization_error(Tensor weight, Tensor gram, Tensor codes, Tensor scale, Tensor "
+      "zero_point, *, int group_size=0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {

@@ -16,18 +16,19 @@ namespace {
 
 constexpr int64_t kRowsPerChunk = 16;
 
-void search_shrink(const at::Tensor& weight, int64_t group_size, int64_t bits, at::ArrayRef<double> shrink, Quantization& q) {
+void search_shrink(const at::Tensor& weight, int64_t group_size, int64_t bits,
+                   at::ArrayRef<double> shrink, Quantization& q) {
   if (shrink.size() == 1) {
     q.scale.mul_(shrink[0]);
     return;
   }
   const std::vector<float> factors(shrink.begin(), shrink.end());
-  const at::Tensor on_device =
-      at::tensor(at::ArrayRef<float>(factors), weight.options());
+  const at::Tensor on_device = at::tensor(at::ArrayRef<float>(factors), weight.options());
   const int64_t columns = weight.size(1), groups = q.scale.size(1);
   const auto part = [&](int64_t first, int64_t rows) {
-    return RtnShrink{{weight.const_data_ptr<float>() + first * columns, rows, columns, group_size == 0 ? columns : group_size,
-                      GridType::asymmetric, max_code_of(bits), q.scale.mutable_data_ptr<float>() + first * groups,
+    return RtnShrink{{weight.const_data_ptr<float>() + first * columns, rows, columns,
+                      group_size == 0 ? columns : group_size, GridType::asymmetric,
+                      max_code_of(bits), q.scale.mutable_data_ptr<float>() + first * groups,
                       q.zero_point.mutable_data_ptr<float>() + first * groups, nullptr},
                      on_device.const_data_ptr<float>(),
                      static_cast<int64_t>(factors.size())};
@@ -44,7 +45,8 @@ void search_shrink(const at::Tensor& weight, int64_t group_size, int64_t bits, a
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rtn_quantize(const at::Tensor& weight,  // [N, K]
-                                                            int64_t bits, int64_t group_size, std::string_view grid,
+                                                            int64_t bits, int64_t group_size,
+                                                            std::string_view grid,
                                                             at::ArrayRef<double> shrink) {
   const char* op = "rtn_quantize";
   check_device(op, weight);
@@ -69,7 +71,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rtn_quantize(const at::Tensor& we
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(
-      "rtn_quantize(Tensor weight, *, int bits, int group_size=0, str grid=\"asymmetric\", float[] shrink=[1.0]) -> (Tensor codes, "
+      "rtn_quantize(Tensor weight, *, int bits, int group_size=0, str grid=\"asymmetric\", float[] "
+      "shrink=[1.0]) -> (Tensor codes, "
       "Tensor scale, Tensor zero_point)");
 }
 

@@ -1,4 +1,5 @@
-// Round to nearest: code = clamp(round(w / scale + zero_point), 0, 2^bits - 1), the grid spanning min..max of each row or group.
+// Round to nearest: code = clamp(round(w / scale + zero_point), 0, 2^bits - 1), the grid spanning
+// min..max of each row or group.
 #pragma once
 #include <csrc/core/grid.h>
 

@@ -3,9 +3,11 @@
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-constexpr int64_t kLanes = 16;  // partial sums in a fixed number of lanes: the same error, and so the same choice, on every tier
+constexpr int64_t kLanes = 16;  // partial sums in a fixed number of lanes: the same error, and so
+                                // the same choice, on every tier
 
-float squared_error(const float* weight, int64_t length, float scale, float zero_point, float max_code) {
+float squared_error(const float* weight, int64_t length, float scale, float zero_point,
+                    float max_code) {
   float lanes[kLanes] = {};
   for (int64_t start = 0; start < length; start += kLanes) {
     const int64_t lanes_here = length - start < kLanes ? length - start : kLanes;
@@ -27,13 +29,15 @@ void rtn_shrink(const RtnShrink& search) {
   int64_t group = 0;
   for (int64_t n = 0; n < rows.rows; ++n) {
     for (int64_t start = 0; start < rows.columns; start += rows.group_size, ++group) {
-      const int64_t length = rows.columns - start < rows.group_size ? rows.columns - start : rows.group_size;
+      const int64_t length =
+          rows.columns - start < rows.group_size ? rows.columns - start : rows.group_size;
       const float* weight = rows.weight + n * rows.columns + start;
       const float full_scale = rows.scale[group];
       float best_error = 0;
       for (int64_t s = 0; s < search.shrinks; ++s) {
         const float scale = full_scale * search.shrink[s];
-        const float error = squared_error(weight, length, scale, rows.zero_point[group], rows.max_code);
+        const float error =
+            squared_error(weight, length, scale, rows.zero_point[group], rows.max_code);
         if (s > 0 && !(error < best_error)) continue;
         best_error = error;
         rows.scale[group] = scale;

@@ -15,7 +15,8 @@ constexpr float kTiny = 1e-44f;  // subnormal
 constexpr GridType kGrids[] = {GridType::asymmetric, GridType::symmetric, GridType::midrise};
 
 float nearest_value(const Grid& grid, float value, float max_code) {
-  return to_value(to_code(value, grid.scale, grid.zero_point, max_code), grid.scale, grid.zero_point);
+  return to_value(to_code(value, grid.scale, grid.zero_point, max_code), grid.scale,
+                  grid.zero_point);
 }
 
 // Calls check(grid type, bits, max_code) for every grid and every width.
@@ -91,7 +92,7 @@ TEST(Codes, ComeBackFromTheirValues) {
   std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
   for (int64_t bits = 2; bits <= 8; ++bits) {
     const float top = max_code_of(bits);
-    const std::vector<float> zero_points = {0.0f,   1.0f,    top,      (top + 1) / 2, top / 2,
+    const std::vector<float> zero_points = {0.0f,   1.0f,    top,     (top + 1) / 2, top / 2,
                                             -37.0f, 1000.0f, -1.0e5f, 1048575.0f,    -1048575.0f};
     for (int trial = 0; trial < 100; ++trial) {
       const float scale = std::ldexp(mantissa(engine), static_cast<int>(exponent(engine)));
@@ -127,7 +128,8 @@ TEST(FitGrid, SpansTheRange) {
       const float a = uniform(engine), b = uniform(engine);
       const float lo = std::fmin(a, b), hi = std::fmax(a, b);
       const Grid grid = fit_grid(type, lo, hi, top);
-      // The symmetric grid has one level less above zero: max|w| may lie a whole half step beyond its last level, and no more.
+      // The symmetric grid has one level less above zero: max|w| may lie a whole half step beyond
+      // its last level, and no more.
       const float allowed = grid.scale * (type == GridType::asymmetric ? 1.001f : 0.501f);
       ASSERT_LE(std::fabs(nearest_value(grid, lo, top) - lo), allowed) << lo << " " << hi;
       ASSERT_LE(std::fabs(nearest_value(grid, hi, top) - hi), allowed) << lo << " " << hi;
@@ -148,7 +150,8 @@ TEST(FitGrid, MidriseEndsAreLevels) {
 
 TEST(FitGrid, AConstantIsExact) {
   for_every_grid([](GridType type, int64_t, float top) {
-    for (const float v : {1.0f, -1.0f, 0.3f, -0.3f, 1e-30f, -1e-30f, 1e30f, -1e30f, 7.0f / 3.0f, -1e5f}) {
+    for (const float v :
+         {1.0f, -1.0f, 0.3f, -0.3f, 1e-30f, -1e-30f, 1e30f, -1e30f, 7.0f / 3.0f, -1e5f}) {
       const Grid grid = fit_grid(type, v, v, top);
       EXPECT_EQ(nearest_value(grid, v, top), v);
       EXPECT_EQ(grid.scale, std::fabs(v) * (type == GridType::midrise ? 2.0f : 1.0f));
@@ -168,7 +171,9 @@ TEST(FitGrid, ZeroHasScaleOneAndIsExact) {
 
 TEST(FitGrid, RangesOfSubnormalsCountAsZero) {
   for_every_grid([](GridType type, int64_t, float top) {
-    for (const Grid& grid : {fit_grid(type, -kTiny, kTiny, top), fit_grid(type, kTiny, 3 * kTiny, top), fit_grid(type, 0.0f, kTiny, top)}) {
+    for (const Grid& grid :
+         {fit_grid(type, -kTiny, kTiny, top), fit_grid(type, kTiny, 3 * kTiny, top),
+          fit_grid(type, 0.0f, kTiny, top)}) {
       EXPECT_EQ(grid.scale, 1.0f);
       EXPECT_EQ(nearest_value(grid, kTiny, top), 0.0f);
     }
