@@ -53,9 +53,11 @@ def test_one_row_one_column_one_weight(place, solver):
 
 
 @pytest.mark.parametrize("solver", GRAM_SOLVERS)
-@pytest.mark.parametrize("options", [{}, {"group_size": 8}, {"grid": "midrise"}, {"order": "act"}, {"order": "greedy"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"group_size": 8}, {"grid": "midrise"}, {"order": "activation"}, {"order": "greedy"}]
+)
 def test_dead_channels_are_rounded_on_the_final_scale(place, solver, options):
-    if options.get("order") == ("greedy" if solver == "gptq_quantize" else "act"):
+    if options.get("order") == ("greedy" if solver == "gptq_quantize" else "activation"):
         options = {}
     layer = LAYERS["dead"](12, 40)
     weight, gram = layer.weight.to(place), layer.gram.to(place)

@@ -228,10 +228,10 @@ def gptq(
     codes = torch.round(x) if forced is None else forced.double().cpu().clone()
     live = torch.nonzero(~problem.dead).flatten()
     diagonal = problem.gram.diagonal()[live]
-    if order == "act":
+    if order == "activation":
         live = live[torch.argsort(diagonal, descending=True, stable=True)]
     gram = problem.gram[live][:, live]
-    gram = gram + damp * diagonal.mean() * torch.eye(live.numel(), dtype=torch.float64)
+    gram = gram + damp * problem.gram.diagonal().mean() * torch.eye(live.numel(), dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     work = problem.weight[:, live].clone()
     for i, j in enumerate(live.tolist()):

@@ -1,0 +1,209 @@
+// The operators through the dispatcher, without Python: results, tiers, and memory fenced with
+// guard pages.
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <ATen/ops/allclose.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <csrc/core/cpu_tier.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace torchquant {
+namespace {
+
+using Keywords = std::map<std::string, c10::IValue>;
+using Tensors = std::vector<at::Tensor>;
+
+// Calls torchquant::name by its schema: positional arguments, then keywords, then defaults.
+Tensors call(const std::string& name, const std::vector<c10::IValue>& positional,
+             const Keywords& keywords = {}) {
+  const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(("torchquant::" + name).c_str(), "");
+  torch::jit::Stack stack = positional;
+  for (size_t i = positional.size(); i < op.schema().arguments().size(); ++i) {
+    const auto& argument = op.schema().arguments()[i];
+    const auto given = keywords.find(argument.name());
+    stack.push_back(given != keywords.end() ? given->second : argument.default_value().value());
+  }
+  op.callBoxed(&stack);
+  Tensors results;
+  for (const c10::IValue& value : stack) results.push_back(value.toTensor());
+  return results;
+}
+
+struct Layer {
+  at::Tensor weight;  // [N, K]
+  at::Tensor gram;    // [K, K]
+};
+
+Layer random_layer(int64_t rows, int64_t columns) {
+  at::manual_seed(rows * 1000 + columns);
+  const at::Tensor x = at::randn({2 * columns + 3, columns}).mm(at::randn({columns, columns}));
+  return {at::randn({rows, columns}), x.t().mm(x)};
+}
+
+double objective(const Layer& layer, const Tensors& quantized) {
+  const Tensors error = call("quantization_error",
+                             {layer.weight, layer.gram, quantized[0], quantized[1], quantized[2]});
+  return error[0].sum().item<double>();
+}
+
+// Every solver with every order on one layer.
+std::map<std::string, Tensors> solve_all(const Layer& layer, int64_t group_size) {
+  const Keywords base = {{"bits", 3}, {"group_size", group_size}};
+  const auto with = [&](const std::string& key, const std::string& value) {
+    Keywords keywords = base;
+    keywords[key] = value;
+    return keywords;
+  };
+  std::map<std::string, Tensors> results;
+  results["rtn"] = call("rtn_quantize", {layer.weight}, base);
+  results["magr"] = call("magr_preprocess", {layer.weight, layer.gram},
+                         {{"iters", 20}, {"group_size", group_size}});
+  for (const char* order : {"shared", "greedy", "semi", "cyclic"}) {
+    results[std::string("comq ") + order] =
+        call("comq_quantize", {layer.weight, layer.gram}, with("order", order));
+  }
+  results["gptq"] = call("gptq_quantize", {layer.weight, layer.gram}, base);
+  results["gptq activation"] =
+      call("gptq_quantize", {layer.weight, layer.gram}, with("order", "activation"));
+  const at::Tensor gram = at::zeros_like(layer.gram);
+  call("gram_accumulate_", {gram, layer.weight});
+  results["gram"] = {gram};
+  return results;
+}
+
+const std::vector<std::vector<int64_t>> kShapes = {{1, 1, 0},    {1, 7, 0},    {7, 1, 0},
+                                                   {3, 17, 5},   {33, 64, 16}, {65, 130, 0},
+                                                   {40, 200, 48}};  // N, K, group size
+
+TEST(Operators, SolversBeatRounding) {
+  const Layer layer = random_layer(48, 96);
+  const double rounded = objective(layer, call("rtn_quantize", {layer.weight}, {{"bits", 3}}));
+  for (const auto& [name, result] : solve_all(layer, 0)) {
+    if (name.rfind("comq", 0) != 0 && name.rfind("gptq", 0) != 0) continue;
+    EXPECT_LT(objective(layer, result), 0.7 * rounded) << name;
+    EXPECT_EQ(result[3][0].item<int64_t>(), 0) << name;
+  }
+}
+
+TEST(Operators, GramIsTheProduct) {
+  const at::Tensor x = at::randn({50, 20});
+  const at::Tensor gram = at::eye(20);
+  call("gram_accumulate_", {gram, x});
+  EXPECT_TRUE(at::allclose(gram, at::eye(20) + x.t().mm(x), 1e-5, 1e-4));
+}
+
+TEST(Operators, ErrorsNameOperatorAndArgument) {
+  const Layer layer = random_layer(4, 8);
+  try {
+    call("comq_quantize", {layer.weight, layer.gram.narrow(0, 0, 7)}, {{"bits", 4}});
+    FAIL() << "a Gram that is not square must be refused";
+  } catch (const c10::ValueError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("comq_quantize: gram must be square of size K=8, got [7, 8]"),
+              std::string::npos)
+        << text;
+  }
+}
+
+TEST(Tiers, GiveTheSameBits) {
+  const std::string before = cpu_tier_name();
+  for (const auto& shape : kShapes) {
+    const Layer layer = random_layer(shape[0], shape[1]);
+    set_cpu_tier("scalar");
+    const auto wanted = solve_all(layer, shape[2]);
+    for (const std::string& tier : cpu_tiers()) {
+      set_cpu_tier(tier);
+      for (const auto& [name, result] : solve_all(layer, shape[2])) {
+        if (name == "magr")
+          continue;  // a real-valued result, compared within rounding by its own tests
+        for (size_t i = 0; i < result.size(); ++i) {
+          EXPECT_TRUE(at::equal(result[i], wanted.at(name)[i]))
+              << name << " on " << tier << ", output " << i << ", shape " << shape[0] << " x "
+              << shape[1];
+        }
+      }
+    }
+  }
+  set_cpu_tier(before);
+}
+
+TEST(Tiers, AnAbsentOneIsRefused) { EXPECT_THROW(set_cpu_tier("mmx"), std::invalid_argument); }
+
+// Gives every tensor pages of its own: its last byte lies before a page that must not be touched,
+// and the bytes between the start of its pages and its first byte hold a pattern that must survive.
+class FencedAllocator final : public c10::Allocator {
+ public:
+  struct Block {
+    char* pages;
+    char* data;
+    size_t mapped;
+  };
+
+  c10::DataPtr allocate(size_t bytes) override {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t usable = (bytes + page - 1) / page * page;
+    const size_t mapped = usable + 2 * page;
+    char* pages = static_cast<char*>(
+        mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    TORCH_CHECK(pages != MAP_FAILED, "mmap failed");
+    mprotect(pages, page, PROT_NONE);
+    mprotect(pages + page + usable, page, PROT_NONE);
+    char* data = pages + page + usable - bytes;
+    for (char* c = pages + page; c < data; ++c) *c = kPattern;
+    auto* block = new Block{pages, data, mapped};
+    return {data, block, &FencedAllocator::release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* target, const void* source, std::size_t count) const override {
+    default_copy_data(target, source, count);
+  }
+
+  static std::atomic<int> damaged;
+  static std::atomic<int> released;
+
+ private:
+  static constexpr char kPattern = 0x5a;
+  static void release(void* context) {
+    auto* block = static_cast<Block*>(context);
+    for (char* c = block->pages + sysconf(_SC_PAGESIZE); c < block->data; ++c)
+      damaged += *c != kPattern;
+    munmap(block->pages, block->mapped);
+    ++released;
+    delete block;
+  }
+};
+std::atomic<int> FencedAllocator::damaged{0};
+std::atomic<int> FencedAllocator::released{0};
+
+TEST(Memory, NothingOutsideATensorIsTouched) {
+  c10::Allocator* const before = c10::GetCPUAllocator();
+  static FencedAllocator fenced;
+  const std::string tier_before = cpu_tier_name();
+  c10::SetCPUAllocator(&fenced, /*priority=*/255);
+  for (const std::string& tier : cpu_tiers()) {
+    set_cpu_tier(tier);
+    for (const auto& shape : kShapes) solve_all(random_layer(shape[0], shape[1]), shape[2]);
+  }
+  c10::SetCPUAllocator(before, /*priority=*/255);
+  set_cpu_tier(tier_before);
+  EXPECT_EQ(FencedAllocator::damaged, 0);
+  EXPECT_GT(FencedAllocator::released, 100);
+}
+
+}  // namespace
+}  // namespace torchquant
