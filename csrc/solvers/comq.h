@@ -19,6 +19,7 @@ struct RowGrids {
 };
 
 constexpr int64_t kComqMaxBlock = 128;
+constexpr int64_t kComqDotLanes = 64;  // partial sums of a dot product, on every device: equal rounding
 
 // First sweep over one block of consecutive coordinates, each row starting from its float weight.
 struct ComqBlock {

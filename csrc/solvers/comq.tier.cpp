@@ -5,7 +5,6 @@ namespace {
 
 // Sums run in a fixed number of lanes whatever the vector width, so every tier rounds alike.
 constexpr int64_t kRowLanes = 32;  // rows side by side in comq_block: two chains of divisions hide each other's latency
-constexpr int64_t kDotLanes = 64;  // partial sums of a dot product
 constexpr int64_t kLookLanes = 16;  // coordinates whose codes are tried at once in comq_sweep
 
 // One block for up to kRowLanes rows, stored coordinate by coordinate with the rows side by side.
@@ -80,13 +79,13 @@ void block_row_in_order(const ComqBlock& block, int64_t row) {
 }
 
 float dot(const float* __restrict__ a, const float* __restrict__ b, int64_t length) {
-  float lanes[kDotLanes] = {};
+  float lanes[kComqDotLanes] = {};
   int64_t k = 0;
-  for (; k + kDotLanes <= length; k += kDotLanes) {
-    for (int64_t l = 0; l < kDotLanes; ++l) lanes[l] += a[k + l] * b[k + l];
+  for (; k + kComqDotLanes <= length; k += kComqDotLanes) {
+    for (int64_t l = 0; l < kComqDotLanes; ++l) lanes[l] += a[k + l] * b[k + l];
   }
   for (int64_t l = 0; k + l < length; ++l) lanes[l] += a[k + l] * b[k + l];
-  for (int64_t half = kDotLanes / 2; half > 0; half /= 2) {
+  for (int64_t half = kComqDotLanes / 2; half > 0; half /= 2) {
     for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
   return lanes[0];

@@ -5,6 +5,8 @@
 
 namespace torchquant {
 
+constexpr int64_t kRtnLanes = 16;  // partial sums of an error, on every device: equal rounding
+
 // Per row or group, the factor on the scale with the smallest squared weight error.
 struct RtnShrink {
   GridRows grid;        // scale: in and out

@@ -3,14 +3,11 @@
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-constexpr int64_t kLanes = 16;  // partial sums in a fixed number of lanes: the same error, and so
-                                // the same choice, on every tier
-
 float squared_error(const float* weight, int64_t length, float scale, float zero_point,
                     float max_code) {
-  float lanes[kLanes] = {};
-  for (int64_t start = 0; start < length; start += kLanes) {
-    const int64_t lanes_here = length - start < kLanes ? length - start : kLanes;
+  float lanes[kRtnLanes] = {};
+  for (int64_t start = 0; start < length; start += kRtnLanes) {
+    const int64_t lanes_here = length - start < kRtnLanes ? length - start : kRtnLanes;
     for (int64_t l = 0; l < lanes_here; ++l) {
       const float w = weight[start + l];
       const float e = w - to_value(to_code(w, scale, zero_point, max_code), scale, zero_point);
@@ -18,7 +15,7 @@ float squared_error(const float* weight, int64_t length, float scale, float zero
     }
   }
   float sum = 0;
-  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  for (int64_t l = 0; l < kRtnLanes; ++l) sum += lanes[l];
   return sum;
 }
 
