@@ -172,6 +172,7 @@ class GPTQ(_Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.damp >= 0, f"GPTQ: damp must not be negative, got {self.damp}")
+        _one_of("GPTQ", "order", self.order, ("natural", "activation"))
         _require(self.block_size >= 1, f"GPTQ: block_size must be at least 1, got {self.block_size}")
 
 

@@ -1,0 +1,79 @@
+"""What every quantized layer holds, and how its weight comes back as numbers. Which product follows, subclasses say."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .storage import pack_codes, unpack_codes
+
+
+class QuantizedLayer(nn.Module):
+    """Buffers only, named as compressed-tensors names them.
+
+    ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, ``weight_scale`` and ``weight_zero_point`` float32 ``[N, G]``,
+    ``weight_shape`` int64 (the float weight's shape), ``bias``. Scale and zero point stay float32 under ``.to(dtype)``:
+    rounded to half they would no longer be the ones that the codes were solved for.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    weight_shape: Tensor
+    float_like: Tensor
+    __jit_unused_properties__ = ("weight",)
+
+    def __init__(self, rows: int, columns: int, shape: tuple[int, ...], bits: int, group_size: int, bias: bool) -> None:
+        super().__init__()
+        self.bits, self.group_size, self.columns = bits, group_size, columns
+        groups = 1 if group_size == 0 else (columns + group_size - 1) // group_size
+        self.register_buffer("weight_packed", torch.zeros(rows, (columns * bits + 31) // 32, dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.ones(rows, groups, dtype=torch.float32))
+        self.register_buffer("weight_zero_point", torch.zeros(rows, groups, dtype=torch.float32))
+        self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64))
+        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        # Empty: it follows .to(dtype), and so remembers which dtype `weight` is expected in.
+        self.register_buffer("float_like", torch.zeros(0), persistent=False)
+
+    def fill(self, module: nn.Module, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Take over codes and grid, and the float layer's bias, dtype, device and mode."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        bias = module.bias
+        self.weight_packed = pack_codes(codes, self.bits)
+        self.weight_scale, self.weight_zero_point = scale.float().clone(), zero_point.float().clone()
+        self.weight_shape = self.weight_shape.to(codes.device)
+        self.float_like = weight.new_empty(0)
+        self.bias = bias.detach().clone() if isinstance(bias, Tensor) else None
+        self.train(module.training)
+
+    def matrix(self) -> Tensor:
+        """The weight as ``[N, K]`` float32."""
+        codes = unpack_codes(self.weight_packed, self.bits, self.columns)
+        return torch.ops.torchquant.dequantize(
+            codes, self.weight_scale, self.weight_zero_point, group_size=self.group_size
+        )
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        bias = self.bias
+        return bias.to(x.dtype) if bias is not None else None
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight in the float layer's shape, float32."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the float layer's shape and dtype, for callers that read it instead of calling the layer."""
+        return self.dequantized_weight().to(self.float_like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        scale, zero_point = self.weight_scale, self.weight_zero_point
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            device = self.weight_scale.device
+            self.weight_scale, self.weight_zero_point = scale.to(device), zero_point.to(device)
+        return self
+
+    def scheme_repr(self) -> str:
+        group = f"group_size={self.group_size}, " if self.group_size else ""
+        return f"{group}bits={self.bits}, bias={self.bias is not None}"

@@ -1,0 +1,43 @@
+"""Linear with a low-bit weight; also stands in for Hugging Face's ``Conv1D``."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import QuantizedLayer
+from .layout import is_hf_conv1d
+
+
+class QLinear(QuantizedLayer):
+    """``y = x W^T + b`` with ``W = (codes - zero_point) * scale``, in the input's dtype."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bits: int, group_size: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__(out_features, in_features, (out_features, in_features), bits, group_size, bias)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Module, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int = 0
+    ) -> "QLinear":
+        """``module``: nn.Linear or Conv1D; ``codes`` uint8 ``[out_features, in_features]``."""
+        rows, columns = codes.shape
+        layer = cls(columns, rows, bits=bits, group_size=group_size, bias=module.bias is not None)
+        layer.fill(module, codes, scale, zero_point)
+        return layer
+
+    @classmethod
+    def empty_like(cls, module: nn.Module, bits: int, group_size: int) -> "QLinear":
+        """The layer that ``from_float(module, ...)`` would give, before its numbers are known."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        rows, columns = reversed(weight.shape) if is_hf_conv1d(module) else weight.shape
+        return cls(columns, rows, bits=bits, group_size=group_size, bias=module.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix().to(x.dtype), self.bias_for(x))
+
+    def dequantized_weight(self) -> Tensor:
+        return self.matrix()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme_repr()}"
