@@ -244,7 +244,7 @@ def gptq(
 
 
 def tie_band(problem: Problem, scale: Tensor, floor: float = 1e-4) -> Tensor:  # [N, K]
-    """How far float32 sums of w_k H_kj, divided by H_jj and the scale, may be off on the code axis after a few sweeps."""
+    """How far float32 sums of w_k H_kj, divided by H_jj and the scale, may be off on the code axis in a few sweeps."""
     noise = 8 * FLOAT32_EPS * (problem.weight.abs() @ problem.gram.abs())
     reach = torch.where(problem.dead, 1.0, problem.gram.diagonal()) * problem.expand(scale)
     return floor + noise / reach

@@ -20,7 +20,7 @@ def quantize(layer, place, **options) -> tuple[Tensor, ...]:
 
 
 def assert_decisions(
-    layer, got, band: float = 5e-3, allowed: float = 0.03, damp: float = 0.01, order: str = "natural", **options
+    layer, got, band: float = 3e-4, allowed: float = 0.03, damp: float = 0.01, order: str = "natural", **options
 ):
     """Given the operator's earlier codes, each code must be the nearest to its compensated weight."""
     problem = reference.Problem(layer.weight, layer.gram, **options)
