@@ -35,7 +35,6 @@ struct WarpRow {
   // Column j, for every lane.
   __device__ float at(int j) const {
     float mine = values[0];
-#pragma unroll
     for (int s = 1; s < kSlots; ++s)
       mine = j / kWarpSize == s ? values[s] : mine;  // an index would move values out of registers
     return __shfl_sync(kFullWarp, mine, j % kWarpSize);
@@ -52,7 +51,6 @@ struct WarpRow {
 
   template <class Visit>
   __device__ void for_each_own(int width, const Visit& visit) {
-#pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       const int k = warp_lane() + s * kWarpSize;
       if (k < width) visit(k, values[s]);

@@ -46,7 +46,6 @@ __device__ float dot(const float* a, const float* b, int64_t length) {
   float low = 0.0f;
   float high = 0.0f;
   int64_t k = warp_lane();
-#pragma unroll 4
   for (; k + kWarpSize < length; k += kComqDotLanes) {
     low += a[k] * __ldg(b + k);
     high += a[k + kWarpSize] * __ldg(b + k + kWarpSize);

@@ -1,0 +1,212 @@
+// Stands in for <cuda_runtime.h> so that the kernels' own source runs on a machine without a GPU:
+// the 32 lanes of a warp are fibers that meet at every warp operation. It knows what csrc/**/*.cu
+// use and nothing more; warps run one after another, since they share nothing (core/launch.cuh).
+// What it checks: all lanes meet at the same operation, and launches stay within a GPU's limits.
+#pragma once
+#include <ucontext.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace torchquant {
+extern float warp_buffers[];
+}
+
+namespace cuda_on_host {
+
+constexpr unsigned kLanes = 32;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kSharedBytes = 96 << 10;
+inline bool reversed =
+    false;  // the order in which lanes run between two meetings: a race shows as a difference
+inline size_t allowed_shared = 48 << 10;
+
+// One warp: runs body() in every lane; lanes wait for each other in meet().
+class Warp {
+ public:
+  void run(unsigned first_thread, const std::function<void()>& body) {
+    static_assert(sizeof(uintptr_t) == 8);
+    first_thread_ = first_thread;
+    body_ = &body;
+    for (unsigned l = 0; l < kLanes; ++l) start(lanes_[l]);
+    for (round_ = 0; !all_done(); ++round_) {
+      for (unsigned i = 0; i < kLanes; ++i) resume(reversed ? kLanes - 1 - i : i);
+      check_together();
+    }
+  }
+
+  // Leaves a value, waits for every lane, returns what all of them left.
+  template <class T>
+  std::array<T, kLanes> meet(const char* operation, T value) {
+    auto& bank =
+        banks_[round_ %
+               2];  // the next meeting uses the other bank: a slow reader still finds its values
+    std::memcpy(&bank[current_], &value, sizeof(T));
+    Lane& lane = lanes_[current_];
+    lane.operation = operation;
+    swapcontext(&lane.context, &scheduler_);
+    std::array<T, kLanes> values;
+    for (unsigned l = 0; l < kLanes; ++l) std::memcpy(&values[l], &bank[l], sizeof(T));
+    return values;
+  }
+
+  unsigned lane() const { return current_; }
+  static Warp& current() {
+    static Warp warp;
+    return warp;
+  }
+
+ private:
+  struct Lane {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(kStackBytes);
+    const char* operation;
+    bool done;
+  };
+
+  static void enter() {
+    Warp& warp = current();
+    (*warp.body_)();
+    warp.lanes_[warp.current_].done = true;
+  }
+
+  void start(Lane& lane) {
+    lane.done = false;
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.data();
+    lane.context.uc_stack.ss_size = kStackBytes;
+    lane.context.uc_link = &scheduler_;
+    makecontext(&lane.context, &Warp::enter, 0);
+  }
+
+  void resume(unsigned l) {
+    if (lanes_[l].done) return;
+    current_ = l;
+    threadIdx.x = first_thread_ + l;
+    lanes_[l].operation = "the end";
+    swapcontext(&scheduler_, &lanes_[l].context);
+  }
+
+  bool all_done() const {
+    for (const Lane& lane : lanes_) {
+      if (!lane.done) return false;
+    }
+    return true;
+  }
+
+  void check_together() const {
+    for (const Lane& lane : lanes_) {
+      if (lane.done == lanes_[0].done && std::string_view(lane.operation) == lanes_[0].operation)
+        continue;
+      throw std::logic_error(std::string("lanes of a warp wait for each other at ") +
+                             lane.operation + " and at " + lanes_[0].operation);
+    }
+  }
+
+  std::array<Lane, kLanes> lanes_;
+  std::array<std::array<uint64_t, kLanes>, 2> banks_;
+  ucontext_t scheduler_;
+  const std::function<void()>* body_ = nullptr;
+  unsigned first_thread_ = 0;
+  unsigned current_ = 0;
+  uint64_t round_ = 0;
+};
+
+inline void check_mask(unsigned mask) {
+  if (mask != 0xffffffffu) throw std::logic_error("only whole warps meet");
+}
+
+}  // namespace cuda_on_host
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  cuda_on_host::check_mask(mask);
+  auto& warp = cuda_on_host::Warp::current();
+  const unsigned lane = warp.lane();
+  return warp.meet("__shfl_sync", value)[lane / width * width + source % width];
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  cuda_on_host::check_mask(mask);
+  auto& warp = cuda_on_host::Warp::current();
+  const unsigned lane = warp.lane();
+  return warp.meet("__shfl_xor_sync", value)[lane ^ distance];
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  cuda_on_host::check_mask(mask);
+  const auto predicates = cuda_on_host::Warp::current().meet("__ballot_sync", predicate);
+  unsigned bits = 0;
+  for (unsigned l = 0; l < predicates.size(); ++l)
+    bits |= static_cast<unsigned>(predicates[l]) << l;
+  return bits;
+}
+
+inline void __syncwarp() { cuda_on_host::Warp::current().meet("__syncwarp", 0); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __ldg(const float* p) { return *p; }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+  return (*p += x) - x;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > static_cast<int>(cuda_on_host::kSharedBytes)) return cudaErrorInvalidValue;
+  cuda_on_host::allowed_shared = bytes;
+  return cudaSuccess;
+}
+
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
+                               const Argument& argument) {
+  if (config->gridDim.x == 0 || config->gridDim.x > (1u << 31) - 1) return cudaErrorInvalidValue;
+  if (config->blockDim.x == 0 || config->blockDim.x > 1024 ||
+      config->blockDim.x % cuda_on_host::kLanes != 0)
+    return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > cuda_on_host::allowed_shared) return cudaErrorInvalidValue;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    for (size_t i = 0; i < config->dynamicSmemBytes / sizeof(float); ++i) {
+      torchquant::warp_buffers[i] =
+          std::numeric_limits<float>::quiet_NaN();  // nobody may rely on what was there
+    }
+    for (unsigned first = 0; first < blockDim.x; first += cuda_on_host::kLanes) {
+      cuda_on_host::Warp::current().run(first, [&] { kernel(argument); });
+    }
+  }
+  return cudaSuccess;
+}
