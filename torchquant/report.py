@@ -1,6 +1,10 @@
-"""What a quantization run did, layer by layer: a table for the terminal, and data for JSON, HTML and plots."""
+"""What a quantization run did, layer by layer: a table for the terminal, JSON, and one self-contained HTML page."""
 
 import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ OK = "ok"
 
 @dataclass
 class LayerReport:
-    """One layer. Errors are relative output errors on the calibration data: || X (W - Q)^T || / || X W^T ||."""
+    """One layer. Errors are relative output errors on the calibration data: ``|| X W^T - X Q^T || / || X W^T ||``."""
 
     name: str
     type: str
@@ -34,10 +38,44 @@ class LayerReport:
     def skipped(self) -> bool:
         return self.status.startswith("skipped")
 
+    @property
+    def ratio(self) -> float:
+        """Error relative to rounding; NaN where rounding is exact or either is unknown."""
+        return self.error / self.error_rtn if self.error_rtn > 0 else float("nan")
+
+
+@dataclass
+class Table:
+    """A further table of the page: rows of text, and what a reader must know of them."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    about: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, *([self.about] if self.about else []), *aligned([self.columns, *self.rows])])
+
+
+@dataclass
+class Chart:
+    """A quality figure of one network: a line a method over the bit widths, and the float model's value."""
+
+    title: str
+    headline: str
+    bits: list[int]
+    lines: dict[str, list[float]]
+    float_value: float
+
 
 @dataclass
 class Report:
-    """The layers of one run, in the order of the model's modules."""
+    """The layers of one run, in the order of the model's modules.
+
+    ``details`` holds what is only drawn: ``"histograms"``, layer -> ``{"low", "high", "levels", "counts"}`` (float
+    weights in units of their row's grid, where code k lies at k), and ``"magr"``, layer -> mean over rows of max
+    ``|w|``, before and after MagR.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
@@ -52,17 +90,135 @@ class Report:
                 return layer
         raise KeyError(f"report: no layer named {name!r}")
 
+    @property
+    def not_ok(self) -> int:
+        return sum(layer.status != OK for layer in self.layers)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def mean_ratio(self) -> float:
+        """Geometric mean, over layers, of the error relative to rounding."""
+        return geometric_mean([layer.ratio for layer in self.layers])
+
     def __str__(self) -> str:
-        lines = [f"{'layer':<40} {'scheme':<14} {'method':<12} {'rtn':>8} {'error':>8}  status"]
+        rows = [["layer", "type", "scheme", "method", "rtn error", "error", "of rtn", "kB", "s", "status"]]
         for layer in self.layers:
-            head = f"{layer.name:<40} {layer.scheme:<14} {layer.method:<12}"
-            lines.append(f"{head} {layer.error_rtn:8.4f} {layer.error:8.4f}  {layer.status}")
-        wrong = sum(layer.status != OK for layer in self.layers)
-        lines.append(f"{len(self.layers)} layers in {self.seconds:.1f} s, {wrong} not ok")
-        return "\n".join(lines)
+            kilobytes = f"{layer.bytes_before / 1e3:.1f} > {layer.bytes_after / 1e3:.1f}"
+            figures = [f"{layer.error_rtn:.4f}", f"{layer.error:.4f}", f"{layer.ratio:.3f}", kilobytes]
+            head = [layer.name, layer.type, layer.scheme, layer.method]
+            rows.append([*head, *figures, f"{layer.seconds:.2f}", layer.status])
+        return "\n".join([*aligned(rows, text_columns=(0, 1, 2, 3, 9)), self.summary()])
+
+    def summary(self) -> str:
+        """The last line of the table: what a reader must not miss."""
+        size = f"{self.bytes_before / 1e6:.2f} MB > {self.bytes_after / 1e6:.2f} MB"
+        ratio = f"error {self.mean_ratio():.3f} of rounding (geometric mean)"
+        return f"{len(self.layers)} layers in {self.seconds:.1f} s, {size}, {ratio}, {self.not_ok} not ok"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """The inverse of to_dict, also of what to_json wrote (there an unknown error is null)."""
+        layers = [{**layer, "shape": tuple(layer["shape"])} for layer in values["layers"]]
+        for layer in layers:
+            layer.update({key: float("nan") for key in ("error_rtn", "error") if layer[key] is None})
+        return cls(**{**values, "layers": [LayerReport(**layer) for layer in layers]})
+
     def to_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+        write_atomically(path, as_json(self.to_dict()))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Report":
+        """Raises ValueError when the file is not a report."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"report: {path} is not a report written by to_json ({error})") from None
+
+    def to_html(self, path: str | Path) -> None:
+        """One file without outside resources. Needs the extra ``report``: jinja2 and matplotlib."""
+        write_html(path, {"": self})
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of the known ones; 0 when one is 0, NaN when there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return float("nan")
+    return 0.0 if min(known) == 0 else math.exp(sum(map(math.log, known)) / len(known))
+
+
+def aligned(rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> list[str]:
+    """Rows as lines, every column as wide as its widest cell; numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return "  ".join(c.ljust(w) if i in text_columns else c.rjust(w) for i, (c, w) in cells).rstrip()
+
+    return [line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])]
+
+
+def as_json(value: Any) -> str:
+    """Strict JSON: NaN and infinity become null."""
+
+    def clean(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        if isinstance(part, Mapping):
+            return {str(key): clean(inner) for key, inner in part.items()}
+        return [clean(inner) for inner in part] if isinstance(part, (list, tuple)) else part
+
+    return json.dumps(clean(value), indent=1, allow_nan=False) + "\n"
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """The file is there as a whole or not at all."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode would keep everybody else from reading a report
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_html(
+    path: str | Path,
+    reports: Mapping[str, Report],
+    *,
+    title: str = "Quantization report",
+    tables: Sequence[Table] = (),
+    charts: Sequence[Chart] = (),
+) -> None:
+    """One page of several reports (heading -> report), with further tables and charts before them."""
+    try:
+        import jinja2
+
+        from . import plots
+    except ImportError as error:
+        raise ImportError(
+            f"torchquant: an HTML report needs {error.name}; install it with `pip install torchquant[report]`"
+        ) from None
+    source = (Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    drawn = {heading: plots.figures_of(report) for heading, report in reports.items()}
+    page = environment.from_string(source).render(
+        title=title, reports=reports, tables=tables, charts=plots.quality(charts), drawn=drawn, isnan=math.isnan
+    )
+    write_atomically(path, page)

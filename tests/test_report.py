@@ -1,0 +1,163 @@
+"""The report: its table, its JSON, its page."""
+
+import json
+import math
+import os
+import re
+import sys
+
+import pytest
+
+from torchquant.report import LayerReport, Report, Table, as_json, geometric_mean, write_atomically, write_html
+
+
+def made() -> Report:
+    layers = [
+        LayerReport(
+            "blocks.0.fc1", "Linear", "auto", "W2A16", 2, 0, (48, 24), 0.4, 0.1, 1, 0, 512, "ok", 0.25, 4608, 672
+        ),
+        LayerReport(
+            "blocks.0.fc2", "Linear", "auto", "W2A16", 2, 0, (24, 48), 0.2, 0.2, 0, 3, 512, "damped", 0.5, 4608, 480
+        ),
+        LayerReport("head", "Linear", status="skipped: weight is tied with <embed>"),
+    ]
+    layers[0].winners = {"gptq+comq": 40, "magr150+gptq+comq": 8}
+    counts = [0, 5, 20, 40, 20, 5, 0, 1]
+    details = {
+        "histograms": {
+            name: {"low": -1.0, "high": 4.0, "levels": 4, "counts": counts} for name in ("blocks.0.fc1", "blocks.0.fc2")
+        },
+        "magr": {"blocks.0.fc1": [1.0, 0.7]},
+    }
+    return Report(layers, 1.5, "W2A16", "auto", 7, details)
+
+
+def test_table_names_every_layer_and_counts_those_that_are_not_ok():
+    lines = str(made()).splitlines()
+    assert lines[2].split()[:4] == ["blocks.0.fc1", "Linear", "W2A16", "auto"]
+    assert "0.250" in lines[2] and lines[2].endswith("ok")
+    assert lines[3].endswith("damped")
+    assert lines[4].endswith("skipped: weight is tied with <embed>")
+    assert lines[-1].startswith("3 layers in 1.5 s") and lines[-1].endswith("2 not ok")
+    assert "error 0.500 of rounding" in lines[-1]
+
+
+def test_layer_is_found_by_name():
+    assert made()["blocks.0.fc2"].damping == 3
+    with pytest.raises(KeyError, match="no layer named 'fc9'"):
+        made()["fc9"]
+
+
+@pytest.mark.parametrize(("values", "mean"), [([2, 8], 4), ([math.nan, 3], 3), ([0.0, 5], 0)])
+def test_geometric_mean(values, mean):
+    assert geometric_mean(values) == pytest.approx(mean)
+
+
+def test_geometric_mean_of_nothing_is_unknown():
+    assert math.isnan(geometric_mean([math.nan]))
+
+
+def test_json_is_strict_and_comes_back(tmp_path):
+    path = tmp_path / "report.json"
+    made().to_json(path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse)["layers"][2]["error"] is None
+    again = Report.from_json(path)
+    assert str(again) == str(made())
+    assert again.layers[0] == made().layers[0]
+    assert again.details == made().details
+
+
+def test_infinity_becomes_null_inside_lists_too():
+    assert json.loads(as_json({"a": [1.0, math.inf, (math.nan,)]})) == {"a": [1.0, None, [None]]}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"layers": 3}', '{"layers": [{"shape": [1, 2]}]}', '{"layers": [], "more": 1}']
+)
+def test_other_files_are_refused_by_name(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is not a report written by to_json"):
+        Report.from_json(path)
+
+
+def test_page_needs_nothing_from_outside_and_shows_everything(tmp_path):
+    path = tmp_path / "report.html"
+    made().to_html(path)
+    page = path.read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert sources and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    for text in (
+        "blocks.0.fc1",
+        "0.4000",
+        "0.1000",
+        "magr150+gptq+comq 8",
+        "damped",
+        "tied with &lt;embed&gt;",
+        "48 \u00d7 24",
+    ):
+        assert text in page, text
+    for heading in ("Error per layer", "Weights and grid", "MagR: largest magnitudes", "Winners"):
+        assert f"<h3>{heading}</h3>" in page
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
+
+
+def test_same_report_gives_the_same_page(tmp_path):
+    made().to_html(tmp_path / "a.html")
+    made().to_html(tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_page_of_a_run_that_quantized_nothing(tmp_path):
+    Report([LayerReport("head", "Linear", status="skipped: tied")]).to_html(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "skipped: tied" in page and "<img" not in page
+
+
+def test_further_tables_come_first(tmp_path):
+    table = Table("Checks", ["rule", "result"], [["a <= b", "FAIL"]], "about it")
+    write_html(tmp_path / "r.html", {"net": made()}, title="Demo", tables=[table])
+    page = (tmp_path / "r.html").read_text()
+    assert page.index("a &lt;= b") < page.index("<h2>net</h2>")
+    assert '<span class="notok">FAIL</span>' in page
+    assert str(table).splitlines() == ["Checks", "about it", "rule    result", "------  ------", "a <= b    FAIL"]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_missing_package_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torchquant.plots", raising=False)
+    monkeypatch.delattr("torchquant.plots", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs {package}; install it with `pip install torchquant\[report\]`"):
+        made().to_html(tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_file_mode_follows_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "r", "text")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "r").stat().st_mode & 0o777 == 0o640
