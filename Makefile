@@ -9,7 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # torch is named in every pip command, so that no dependency can ever pull in another one.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-BUILD := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
+BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
+# Read by setup.py. The same options in every build, so that no target compiles again what another one has compiled.
+export MAX_JOBS := $(JOBS)
+export TORCHQUANT_CMAKE_ARGS := -DTORCHQUANT_WERROR=$(WERROR)
 
 .PHONY: help demo test lint bench cuda-check sanitize build clean
 help:
@@ -25,7 +28,7 @@ demo: $(VENV)/demo.stamp build
 	$(BIN)/torchquant demo
 
 test: $(VENV)/test.stamp gtest
-	TORCHQUANT_CMAKE_ARGS="-DTORCHQUANT_TESTS=ON -DTORCHQUANT_WERROR=$(WERROR)" $(BUILD)
+	TORCHQUANT_CMAKE_ARGS="$$TORCHQUANT_CMAKE_ARGS -DTORCHQUANT_TESTS=ON" $(BUILD)
 	$(BIN)/python -m pytest tests
 
 lint: $(VENV)/lint.stamp
@@ -71,15 +74,15 @@ $(VENV)/torch.stamp:
 
 # --no-build-isolation: the build must see the torch that the package will run with.
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
-	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable .
+	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
-	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable ".[demo]"
+	$(PIP) --no-build-isolation --editable ".[demo]"
 	touch $@ $(VENV)/package.stamp
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
-	MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable ".[test]"
+	$(PIP) --no-build-isolation --editable ".[test]"
 	touch $@ $(VENV)/package.stamp $(VENV)/demo.stamp
 
 # The tools, and what mypy has to see the types of.
