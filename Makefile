@@ -14,6 +14,7 @@ BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 export MAX_JOBS := $(JOBS)
 export TORCHQUANT_CMAKE_ARGS := -DTORCHQUANT_WERROR=$(WERROR)
 
+.NOTPARALLEL:
 .PHONY: help demo test lint bench cuda-check sanitize build clean
 help:
 	@echo "make demo        quantize three real networks, print the tables, write demo-out/report.html (under 8 minutes on 2 cores)"
@@ -62,7 +63,7 @@ sanitize: $(VENV)/torch.stamp gtest
 # The C++ tests use the system's GoogleTest. Without it they are left out, and pytest says so in a skip.
 .PHONY: gtest
 gtest:
-	@echo '#include <gtest/gtest.h>' | $(or $(CXX),c++) -E -x c++ - >/dev/null 2>&1 || \
+	@echo '#include <gtest/gtest.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y libgtest-dev; } || \
 	  echo "GoogleTest not found: the C++ tests will be skipped. Install it with: sudo apt-get install libgtest-dev"
 
