@@ -1,0 +1,267 @@
+#include <ATen/Context.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/triu.h>
+#include <csrc/core/check.h>
+#include <csrc/core/device.h>
+#include <csrc/core/parallel.h>
+#include <csrc/statistics/conv_patches.h>
+#include <csrc/statistics/gram.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace torchquant {
+namespace {
+
+// float32 copies of a chunk of tokens (and of patches, twice that) stay below this.
+constexpr int64_t kChunkBytes = 32 << 20;
+// A BLAS may add the products of a small matrix one by one: three million tokens in float32 lost
+// 0.25 % of the diagonal. So tokens are summed in blocks, apart from the running total.
+constexpr int64_t kTokensPerSum = 4096;
+constexpr int64_t kCrossStrip = 256;
+
+// Narrow strips waste less of the diagonal blocks, wide ones reuse x more. Measured: 96 of
+// (32..256) is best at K = 384, 128 at 768, 192 at 1536, and 192 or 256 at 4096.
+int64_t strip_width(int64_t columns) { return columns <= 512 ? 96 : columns <= 1024 ? 128 : 192; }
+
+// Longest strip, shortest, second longest, second shortest ...: neighbours are about the same work.
+int64_t balanced(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
+
+// See Note [thread-independent codes]. A device's products already run on its own stream.
+template <class Task>
+void for_each_tile(const at::Tensor& tensor, int64_t count, const Task& task) {
+  if (tensor.is_cpu()) return for_each_chunk(count, task);
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+void add_strip(const at::Tensor& gram, const at::Tensor& x, int64_t first, int64_t width) {
+  const int64_t rest = gram.size(1) - first;
+  const at::Tensor strip = gram.narrow(0, first, width).narrow(1, first, rest);
+  for (int64_t token = 0; token < x.size(0); token += kTokensPerSum) {
+    const at::Tensor block = x.narrow(0, token, std::min(kTokensPerSum, x.size(0) - token));
+    strip.add_(at::mm(block.narrow(1, first, width).t(), block.narrow(1, first, rest)));
+  }
+}
+
+void mirror_strip(const at::Tensor& gram, int64_t first, int64_t width) {
+  const at::Tensor block = gram.narrow(0, first, width).narrow(1, first, width);
+  block.copy_(at::triu(block).add_(at::triu(block, 1).t()));
+  const int64_t below = first + width, rest = gram.size(1) - below;
+  if (rest == 0) return;
+  // Through contiguous copies: ATen transposes those in blocks, a strided copy would miss the cache
+  // at every element.
+  const at::Tensor right = gram.narrow(0, first, width).narrow(1, below, rest).contiguous();
+  gram.narrow(0, below, rest).narrow(1, first, width).copy_(right.t().contiguous());
+}
+
+void check_statistic(const char* op, const char* argument, const at::Tensor& gram, int64_t rows,
+                     int64_t columns) {
+  TORCH_CHECK_TYPE(gram.scalar_type() == at::kFloat || gram.scalar_type() == at::kDouble, op, ": ",
+                   argument, " must be float32 or float64, got ", gram.scalar_type());
+  TORCH_CHECK_VALUE(gram.dim() == 2, op, ": ", argument, " must be a matrix [", rows, ", ", columns,
+                    "], got ", gram.sizes());
+}
+
+void check_activations(const char* op, const char* argument, const at::Tensor& x,
+                       const at::Tensor& gram, int64_t columns) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op, ": ",
+                   argument, " must be float32, float16 or bfloat16, got ", type);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == columns, op, ": ", argument,
+                    " must have K=", columns, " columns, got ", x.sizes());
+  check_same_device(op, argument, x, gram);
+}
+
+int64_t tokens_per_chunk(int64_t columns) {
+  return std::clamp<int64_t>(kChunkBytes / (4 * std::max<int64_t>(columns, 1)), 64, kTokensPerSum);
+}
+
+// Rows first .. of [M, K], at most count of them, as a contiguous matrix of gram's dtype.
+at::Tensor chunk_of(const at::Tensor& x, int64_t first, int64_t count, const at::Tensor& gram) {
+  return x.narrow(0, first, std::min(count, x.size(0) - first)).to(gram.scalar_type()).contiguous();
+}
+
+void gram_accumulate_(const at::Tensor& gram,  // [K, K]
+                      const at::Tensor& x) {   // [..., K]
+  const char* op = "gram_accumulate_";
+  check_device(op, gram);
+  const int64_t columns = gram.size(-1);
+  check_statistic(op, "gram", gram, columns, columns);
+  TORCH_CHECK_VALUE(gram.size(0) == columns, op, ": gram must be square, got ", gram.sizes());
+  check_activations(op, "x", x, gram, columns);
+  if (x.numel() == 0) return;
+  check_finite(op, "x", x);
+
+  const at::Tensor tokens = x.reshape({-1, columns}), total = gram.contiguous();
+  const int64_t step = tokens_per_chunk(columns);
+  for (int64_t first = 0; first < tokens.size(0); first += step) {
+    accumulate_gram(total.unsqueeze(0), chunk_of(tokens, first, step, gram).unsqueeze(0));
+  }
+  if (!total.is_same(gram)) gram.copy_(total);
+}
+
+void cross_gram_accumulate_(const at::Tensor& cross,  // [Kx, Ky]
+                            const at::Tensor& x,      // [..., Kx]
+                            const at::Tensor& y) {    // [..., Ky]
+  const char* op = "cross_gram_accumulate_";
+  check_device(op, cross);
+  check_statistic(op, "cross", cross, x.dim() > 0 ? x.size(-1) : 1, y.dim() > 0 ? y.size(-1) : 1);
+  check_activations(op, "x", x, cross, cross.size(0));
+  check_activations(op, "y", y, cross, cross.size(1));
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1) == y.sizes().slice(0, y.dim() - 1), op,
+                    ": x and y must have the same tokens, got ", x.sizes(), " and ", y.sizes());
+  if (x.numel() == 0 || y.numel() == 0) return;
+  check_finite(op, "x", x);
+  check_finite(op, "y", y);
+
+  const at::Tensor xs = x.reshape({-1, cross.size(0)}), ys = y.reshape({-1, cross.size(1)}),
+                   total = cross.contiguous();
+  const int64_t step = tokens_per_chunk(std::max(cross.size(0), cross.size(1)));
+  const at::NoTF32Guard no_tf32;
+  for (int64_t first = 0; first < xs.size(0); first += step) {
+    const at::Tensor left = chunk_of(xs, first, step, cross),
+                     right = chunk_of(ys, first, step, cross);
+    for_each_tile(total, (cross.size(0) + kCrossStrip - 1) / kCrossStrip, [&](int64_t tile) {
+      const int64_t column = tile * kCrossStrip,
+                    width = std::min(kCrossStrip, cross.size(0) - column);
+      total.narrow(0, column, width).add_(at::mm(left.narrow(1, column, width).t(), right));
+    });
+  }
+  if (!total.is_same(cross)) cross.copy_(total);
+}
+
+std::vector<int64_t> per_dimension(const char* op, const char* argument, at::IntArrayRef values,
+                                   size_t dimensions, int64_t least) {
+  TORCH_CHECK_VALUE(values.size() == dimensions, op, ": ", argument,
+                    " must have one entry per kernel dimension, got ", values);
+  for (const int64_t value : values) {
+    TORCH_CHECK_VALUE(value >= least, op, ": ", argument, " must be at least ", least, ", got ",
+                      values);
+  }
+  return values.vec();
+}
+
+ConvShape parse_conv(const char* op, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                     bool transposed, at::IntArrayRef output_padding) {
+  const size_t dimensions = kernel_size.size();
+  TORCH_CHECK_VALUE(dimensions >= 1 && dimensions <= 3, op,
+                    ": kernel_size must have 1, 2 or 3 entries, got ", kernel_size);
+  TORCH_CHECK_VALUE(groups >= 1, op, ": groups must be at least 1, got ", groups);
+  const std::vector<int64_t> zeros(dimensions, 0);
+  return {per_dimension(op, "kernel_size", kernel_size, dimensions, 1),
+          per_dimension(op, "stride", stride, dimensions, 1),
+          per_dimension(op, "padding", padding, dimensions, 0),
+          per_dimension(op, "dilation", dilation, dimensions, 1),
+          per_dimension(op, "output_padding",
+                        output_padding.empty() ? at::IntArrayRef(zeros) : output_padding,
+                        dimensions, 0),
+          groups,
+          transposed};
+}
+
+void check_conv_input(const char* op, const at::Tensor& gram, const at::Tensor& x,
+                      const ConvShape& conv) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
+                   ": x must be float32, float16 or bfloat16, got ", type);
+  const int64_t dimensions = static_cast<int64_t>(conv.kernel.size());
+  TORCH_CHECK_VALUE(x.dim() == dimensions + 2, op, ": x must be [B, C, ", dimensions,
+                    " spatial dimensions], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) % conv.groups == 0, op,
+                    ": the channels of x must split evenly among groups=", conv.groups, ", got ",
+                    x.sizes());
+  int64_t columns = x.size(1) / conv.groups;
+  for (const int64_t k : conv.kernel) columns *= k;
+  TORCH_CHECK_TYPE(gram.scalar_type() == at::kFloat || gram.scalar_type() == at::kDouble, op,
+                   ": gram must be float32 or float64, got ", gram.scalar_type());
+  const bool square = gram.dim() >= 2 && gram.size(-1) == columns && gram.size(-2) == columns;
+  const bool grouped =
+      gram.dim() == 3 ? gram.size(0) == conv.groups : gram.dim() == 2 && conv.groups == 1;
+  TORCH_CHECK_VALUE(square && grouped, op,
+                    ": gram must be [groups, K, K] with groups=", conv.groups, " and K=", columns,
+                    ", got ", gram.sizes());
+  check_same_device(op, "x", x, gram);
+}
+
+// Whole images while they fit the budget, else slices of one image's first spatial dimension.
+void accumulate_image(const at::Tensor& total, const at::Tensor& padded, const ConvShape& conv) {
+  const std::vector<int64_t> sizes = output_sizes(padded, conv);
+  int64_t row_bytes = 4 * padded.size(0) * total.size(0) * total.size(1);
+  for (size_t d = 1; d < sizes.size(); ++d) row_bytes *= sizes[d];
+  const int64_t rows = std::max<int64_t>(1, 2 * kChunkBytes / std::max<int64_t>(row_bytes, 1));
+  for (int64_t first = 0; first < sizes[0]; first += rows) {
+    accumulate_gram(total, unfold_patches(padded, conv, first, std::min(rows, sizes[0] - first)));
+  }
+}
+
+void conv_gram_accumulate_(const at::Tensor& gram,  // [groups, K, K], or [K, K] when groups = 1
+                           const at::Tensor& x,     // [B, C, *spatial]
+                           at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                           bool transposed, at::IntArrayRef output_padding) {
+  const char* op = "conv_gram_accumulate_";
+  check_device(op, gram);
+  const ConvShape conv =
+      parse_conv(op, kernel_size, stride, padding, dilation, groups, transposed, output_padding);
+  check_conv_input(op, gram, x, conv);
+  if (x.numel() == 0) return;
+  check_finite(op, "x", x);
+
+  const std::vector<int64_t> sizes = output_sizes(padded_input(x.narrow(0, 0, 1), conv), conv);
+  int64_t image_bytes = 4 * x.size(1);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    TORCH_CHECK_VALUE(sizes[d] > 0, op,
+                      ": the kernel must fit into the padded input, got kernel_size ", kernel_size,
+                      " and x ", x.sizes());
+    image_bytes *= conv.kernel[d] * sizes[d];
+  }
+  const at::Tensor contiguous = gram.contiguous();
+  const at::Tensor total = contiguous.dim() == 2 ? contiguous.unsqueeze(0) : contiguous;
+  const int64_t images = std::max<int64_t>(1, 2 * kChunkBytes / image_bytes);
+  for (int64_t first = 0; first < x.size(0); first += images) {
+    const at::Tensor part =
+        x.narrow(0, first, std::min(images, x.size(0) - first)).to(gram.scalar_type());
+    accumulate_image(total, padded_input(part, conv), conv);
+  }
+  if (!contiguous.is_same(gram)) gram.copy_(contiguous);
+}
+
+}  // namespace
+
+void accumulate_gram(const at::Tensor& gram, const at::Tensor& x) {
+  const int64_t columns = gram.size(1), width = strip_width(columns),
+                strips = (columns + width - 1) / width;
+  const at::NoTF32Guard no_tf32;
+  for_each_tile(gram, gram.size(0) * strips, [&](int64_t tile) {
+    const int64_t first = balanced(tile % strips, strips) * width;
+    const at::Tensor one = gram.select(0, tile / strips);
+    add_strip(one, x.select(0, tile / strips), first, std::min(width, columns - first));
+    mirror_strip(one, first, std::min(width, columns - first));
+  });
+}
+
+TORCH_LIBRARY_FRAGMENT(torchquant, m) {
+  m.def("gram_accumulate_(Tensor(a!) gram, Tensor x) -> ()");
+  m.def("cross_gram_accumulate_(Tensor(a!) cross, Tensor x, Tensor y) -> ()");
+  m.def(
+      "conv_gram_accumulate_(Tensor(a!) gram, Tensor x, *, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, int groups=1, "
+      "bool transposed=False, int[] output_padding=[]) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("gram_accumulate_", gram_accumulate_);
+  m.impl("cross_gram_accumulate_", cross_gram_accumulate_);
+  m.impl("conv_gram_accumulate_", conv_gram_accumulate_);
+}
+#ifdef TORCHQUANT_CUDA
+TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {
+  m.impl("gram_accumulate_", gram_accumulate_);
+  m.impl("cross_gram_accumulate_", cross_gram_accumulate_);
+  m.impl("conv_gram_accumulate_", conv_gram_accumulate_);
+}
+#endif
+
+}  // namespace torchquant
