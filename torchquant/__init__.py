@@ -1,7 +1,10 @@
 """torchquant: published quantization systems as LibTorch operators."""
 
-from . import _load  # noqa: F401  (checks the torch version, then registers every operator)
-from . import solvers, statistics
+from . import (
+    _load,  # noqa: F401  (checks the torch version, then registers every operator)
+    solvers,
+    statistics,
+)
 from .solvers import comq_quantize, dequantize, gptq_quantize, quantization_error, rtn_quantize
 from .statistics import conv_gram_accumulate_, cross_gram_accumulate_, gram_accumulate_
 
