@@ -113,7 +113,7 @@ class Sampler:
         quota = left if conv is None else max(left // max(tokens, 1), int(taken == 0))
         if quota >= rows.shape[0]:
             return rows
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(f"{name}/{call}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{call}".encode()))
         index = torch.randperm(rows.shape[0], generator=generator)[: max(quota, 0)].sort().values
         return rows[index.to(x.device)]
 

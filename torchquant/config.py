@@ -88,8 +88,8 @@ class Scheme(_Versioned):
         return "symmetric" if self.symmetric else "asymmetric"
 
 
-class _Step(_Versioned):
-    """Checks that every step shares: the grid, when it has one."""
+class Step(_Versioned):
+    """One part of a method."""
 
     name: ClassVar[str]
 
@@ -100,7 +100,7 @@ class _Step(_Versioned):
 
 
 @dataclass(frozen=True)
-class RTN(_Step):
+class RTN(Step):
     """Round to nearest. ``grid`` None: the scheme's, or mid-rise after MagR at 2 and 3 bits."""
 
     name: ClassVar[str] = "rtn"
@@ -109,7 +109,7 @@ class RTN(_Step):
 
 
 @dataclass(frozen=True)
-class MagR(_Step):
+class MagR(Step):
     """MagR (2406.00800): lower each row's largest magnitude where the calibration data allow it.
 
     Args:
@@ -131,7 +131,7 @@ class MagR(_Step):
 
 
 @dataclass(frozen=True)
-class COMQ(_Step):
+class COMQ(Step):
     """COMQ (2403.07134): coordinate descent over codes and scales.
 
     Args:
@@ -159,7 +159,7 @@ class COMQ(_Step):
 
 
 @dataclass(frozen=True)
-class GPTQ(_Step):
+class GPTQ(Step):
     """GPTQ (2210.17323). ``damp``: share of the mean diagonal added to the Gram; raised by itself where that fails."""
 
     name: ClassVar[str] = "gptq"
@@ -177,7 +177,7 @@ class GPTQ(_Step):
 
 
 @dataclass(frozen=True)
-class Auto(_Step):
+class Auto(Step):
     """Try several pipelines and keep, row by row, the one with the lowest output error. ``effort`` bounds the cost."""
 
     name: ClassVar[str] = "auto"
@@ -187,7 +187,6 @@ class Auto(_Step):
         _one_of("Auto", "effort", self.effort, EFFORTS)
 
 
-Step = RTN | MagR | COMQ | GPTQ | Auto
 STEPS: dict[str, type[Step]] = {step.name: step for step in (RTN, MagR, COMQ, GPTQ, Auto)}
 ORDERS = "[magr+] rtn | comq | gptq | gptq+comq, or auto alone"
 
@@ -205,8 +204,8 @@ def parse_method(method: "str | Step | Sequence[Step]", effort: str = "standard"
         _require(not unknown, f"method: unknown step {', '.join(unknown)!r}; known: {', '.join(STEPS)}")
         steps: tuple[Step, ...] = tuple(Auto(effort) if name == "auto" else STEPS[name]() for name in names)
     else:
-        steps = (method,) if isinstance(method, tuple(STEPS.values())) else tuple(method)  # type: ignore[arg-type,assignment]
-        wrong = [step for step in steps if not isinstance(step, tuple(STEPS.values()))]
+        steps = (method,) if isinstance(method, Step) else tuple(method)
+        wrong = [step for step in steps if not isinstance(step, Step)]
         _require(not wrong, f"method: expected step configs such as MagR() or COMQ(), got {wrong}")
     solving = (
         [step.name for step in steps[1:] or steps] if steps and steps[0].name == "magr" else [s.name for s in steps]

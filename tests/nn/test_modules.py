@@ -9,9 +9,9 @@ import torch
 from nn.float_layers import LAYERS
 from torch import nn
 
-import torchquant
 from torchquant.nn import QLinear, from_float, layout, swap_modules
 from torchquant.nn.storage import pack_codes, unpack_codes
+from torchquant.solvers import rtn_quantize
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -35,7 +35,7 @@ def test_pack_is_one_little_endian_bit_string(bits):
 def quantized(module, bits=4, group_size=0):
     """The quantized layer, and a float copy that holds the same numbers."""
     matrix = layout.to_matrix(module)
-    codes, scale, zero_point = torchquant.rtn_quantize(matrix, bits=bits, group_size=group_size)
+    codes, scale, zero_point = rtn_quantize(matrix, bits=bits, group_size=group_size)
     layer = from_float(module, codes, scale, zero_point, bits, group_size)
     same = copy.deepcopy(module)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_hf_conv1d_becomes_linear():
     module = pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 6)
     nn.init.normal_(module.bias)
     matrix = layout.to_matrix(module)
-    codes, scale, zero_point = torchquant.rtn_quantize(matrix, bits=8)
+    codes, scale, zero_point = rtn_quantize(matrix, bits=8)
     layer = from_float(module, codes, scale, zero_point, 8)
     x = torch.randn(2, 3, 6)
     assert isinstance(layer, QLinear)

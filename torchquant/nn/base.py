@@ -48,10 +48,11 @@ class QuantizedLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """The weight as ``[N, K]`` float32."""
-        codes = unpack_codes(self.weight_packed, self.bits, self.columns)
-        return torch.ops.torchquant.dequantize(
-            codes, self.weight_scale, self.weight_zero_point, group_size=self.group_size
-        )
+        return self.matrix_of(self.weight_packed, self.weight_scale, self.weight_zero_point)
+
+    def matrix_of(self, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        codes = unpack_codes(packed, self.bits, self.columns)
+        return torch.ops.torchquant.dequantize(codes, scale, zero_point, group_size=self.group_size)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         bias = self.bias
