@@ -1,14 +1,19 @@
+// Gram matrices: activations -> x^T x, all that a solver needs to know of them; of convolutions,
+// the Gram of the patches. ATen products alone, so one source serves every device and there is no
+// leaf.
 #include <ATen/Context.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/triu.h>
+#include <ATen/ops/zeros.h>
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
-#include <csrc/statistics/conv_patches.h>
-#include <csrc/statistics/gram.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 namespace torchquant {
@@ -55,6 +60,21 @@ void mirror_strip(const at::Tensor& gram, int64_t first, int64_t width) {
   gram.narrow(0, below, rest).narrow(1, first, width).copy_(right.t().contiguous());
 }
 
+// gram[b] += x[b]^T x[b]. Half the work by symmetry: only the upper triangle is computed (and
+// read), then mirrored.
+void accumulate_gram(const at::Tensor& gram,  // [B, K, K] contiguous, float32 | float64
+                     const at::Tensor& x) {   // [B, M, K] of gram's dtype; unit stride in M or in K
+  const int64_t columns = gram.size(1), width = strip_width(columns),
+                strips = (columns + width - 1) / width;
+  const at::NoTF32Guard no_tf32;
+  for_each_tile(gram, gram.size(0) * strips, [&](int64_t tile) {
+    const int64_t first = balanced(tile % strips, strips) * width;
+    const at::Tensor one = gram.select(0, tile / strips);
+    add_strip(one, x.select(0, tile / strips), first, std::min(width, columns - first));
+    mirror_strip(one, first, std::min(width, columns - first));
+  });
+}
+
 void check_statistic(const char* op, const char* argument, const at::Tensor& gram, int64_t rows,
                      int64_t columns) {
   TORCH_CHECK_TYPE(gram.scalar_type() == at::kFloat || gram.scalar_type() == at::kDouble, op, ": ",
@@ -86,7 +106,7 @@ void gram_accumulate_(const at::Tensor& gram,  // [K, K]
                       const at::Tensor& x) {   // [..., K]
   const char* op = "gram_accumulate_";
   check_device(op, gram);
-  const int64_t columns = gram.size(-1);
+  const int64_t columns = gram.dim() > 0 ? gram.size(-1) : 1;
   check_statistic(op, "gram", gram, columns, columns);
   TORCH_CHECK_VALUE(gram.size(0) == columns, op, ": gram must be square, got ", gram.sizes());
   check_activations(op, "x", x, gram, columns);
@@ -129,6 +149,85 @@ void cross_gram_accumulate_(const at::Tensor& cross,  // [Kx, Ky]
     });
   }
   if (!total.is_same(cross)) cross.copy_(total);
+}
+
+// A convolution seen as a matrix product: outputs[m, n] = sum_k patches[m, k] weight[n, k].
+struct ConvShape {
+  std::vector<int64_t> kernel;
+  std::vector<int64_t> stride;
+  std::vector<int64_t> padding;
+  std::vector<int64_t> dilation;
+  std::vector<int64_t> output_padding;
+  int64_t groups;
+  bool transposed;
+};
+
+at::Tensor insert_zeros(const at::Tensor& x, const std::vector<int64_t>& stride) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  for (size_t d = 0; d < stride.size(); ++d) sizes[d + 2] = (sizes[d + 2] - 1) * stride[d] + 1;
+  at::Tensor spread = at::zeros(sizes, x.options());
+  at::Tensor kept = spread;
+  for (size_t d = 0; d < stride.size(); ++d) {
+    kept = kept.slice(static_cast<int64_t>(d) + 2, 0, sizes[d + 2], stride[d]);
+  }
+  kept.copy_(x);
+  return spread;
+}
+
+int64_t step_of(const ConvShape& conv, size_t d) { return conv.transposed ? 1 : conv.stride[d]; }
+
+// The input on which a plain convolution with the given kernel and dilation, unpadded, makes the
+// same patches. A transposed convolution becomes a plain one of stride 1 on the input with stride -
+// 1 zeros inserted between its elements.
+at::Tensor padded_input(const at::Tensor& x, const ConvShape& conv) {
+  std::vector<int64_t> pads;  // last dimension first; negative = crop
+  for (size_t d = conv.kernel.size(); d-- > 0;) {
+    const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1);
+    const int64_t before = conv.transposed ? reach - conv.padding[d] : conv.padding[d];
+    pads.push_back(before);
+    pads.push_back(conv.transposed ? before + conv.output_padding[d] : before);
+  }
+  return at::constant_pad_nd(conv.transposed ? insert_zeros(x, conv.stride) : x, pads, 0)
+      .contiguous();
+}
+
+// Output positions along each spatial dimension of the padded input.
+std::vector<int64_t> output_sizes(const at::Tensor& padded, const ConvShape& conv) {
+  std::vector<int64_t> sizes;
+  for (size_t d = 0; d < conv.kernel.size(); ++d) {
+    const int64_t room =
+        padded.size(static_cast<int64_t>(d) + 2) - conv.dilation[d] * (conv.kernel[d] - 1);
+    sizes.push_back(room < 1 ? 0 : (room - 1) / step_of(conv, d) + 1);
+  }
+  return sizes;
+}
+
+// x [B, C, *spatial] (padded) -> [groups, M, K], K = C / groups * prod(kernel): the patches whose
+// first output coordinate is in first .. first + rows - 1.
+at::Tensor unfold_patches(const at::Tensor& padded, const ConvShape& conv, int64_t first,
+                          int64_t rows) {
+  const int64_t channels = padded.size(1) / conv.groups;
+  std::vector<int64_t> sizes = {conv.groups, channels};
+  std::vector<int64_t> strides = {channels * padded.stride(1), padded.stride(1)};
+  std::vector<int64_t> positions = output_sizes(padded, conv);
+  positions[0] = rows;
+  for (size_t d = 0; d < conv.kernel.size(); ++d) {
+    sizes.push_back(conv.kernel[d]);
+    strides.push_back(conv.dilation[d] * padded.stride(static_cast<int64_t>(d) + 2));
+  }
+  sizes.push_back(padded.size(0));
+  strides.push_back(padded.stride(0));
+  for (size_t d = 0; d < conv.kernel.size(); ++d) {
+    sizes.push_back(positions[d]);
+    strides.push_back(step_of(conv, d) * padded.stride(static_cast<int64_t>(d) + 2));
+  }
+  const int64_t offset = first * step_of(conv, 0) * padded.stride(2);
+  const int64_t columns =
+      std::accumulate(conv.kernel.begin(), conv.kernel.end(), channels, std::multiplies<>());
+  // Positions are innermost in memory: long runs to copy, and a product reads its left operand
+  // along them.
+  const at::Tensor windows = padded.as_strided(sizes, strides, padded.storage_offset() + offset);
+  return windows.reshape({conv.groups, columns, -1}).transpose(1, 2);
 }
 
 std::vector<int64_t> per_dimension(const char* op, const char* argument, at::IntArrayRef values,
@@ -229,18 +328,6 @@ void conv_gram_accumulate_(const at::Tensor& gram,  // [groups, K, K], or [K, K]
 }
 
 }  // namespace
-
-void accumulate_gram(const at::Tensor& gram, const at::Tensor& x) {
-  const int64_t columns = gram.size(1), width = strip_width(columns),
-                strips = (columns + width - 1) / width;
-  const at::NoTF32Guard no_tf32;
-  for_each_tile(gram, gram.size(0) * strips, [&](int64_t tile) {
-    const int64_t first = balanced(tile % strips, strips) * width;
-    const at::Tensor one = gram.select(0, tile / strips);
-    add_strip(one, x.select(0, tile / strips), first, std::min(width, columns - first));
-    mirror_strip(one, first, std::min(width, columns - first));
-  });
-}
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def("gram_accumulate_(Tensor(a!) gram, Tensor x) -> ()");
