@@ -15,9 +15,9 @@ auto find_operator(const char* name) {
 }
 
 // gram [K, K] += x^T x, x [..., K]
-inline void gram_accumulate_(at::Tensor& gram, const at::Tensor& x) {
+inline void gram_accumulate_(const at::Tensor& gram, const at::Tensor& x) {
   static const auto op =
-      find_operator<void(at::Tensor&, const at::Tensor&)>("torchquant::gram_accumulate_");
+      find_operator<void(const at::Tensor&, const at::Tensor&)>("torchquant::gram_accumulate_");
   op.call(gram, x);
 }
 

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,7 @@
 
 namespace {
 
-using Tensors = c10::Dict<std::string, at::Tensor>;
+using Tensors = std::map<std::string, at::Tensor>;
 
 // What Python's torch.save({name: tensor}) wrote.
 Tensors load_tensors(const std::string& path) {
@@ -20,8 +21,11 @@ Tensors load_tensors(const std::string& path) {
   TORCH_CHECK(file, "quantize_layer: cannot read ", path);
   const std::vector<char> bytes((std::istreambuf_iterator<char>(file)),
                                 std::istreambuf_iterator<char>());
-  return c10::impl::toTypedDict<std::string, at::Tensor>(
-      torch::jit::pickle_load(bytes).toGenericDict());
+  Tensors tensors;
+  for (const auto& item : torch::jit::pickle_load(bytes).toGenericDict()) {
+    tensors[item.key().toStringRef()] = item.value().toTensor();
+  }
+  return tensors;
 }
 
 bool report(const char* what, bool holds) {
@@ -32,7 +36,7 @@ bool report(const char* what, bool holds) {
 // The layer that Python quantized, quantized again here: the same bits must come out.
 bool quantize_layer(const Tensors& layer) {
   const at::Tensor weight = layer.at("weight"), inputs = layer.at("inputs");
-  at::Tensor gram = at::zeros({weight.size(1), weight.size(1)});
+  const at::Tensor gram = at::zeros({weight.size(1), weight.size(1)});
   torchquant::gram_accumulate_(gram, inputs);
   const torchquant::Quantized here = torchquant::comq_quantize(
       weight, gram, layer.at("bits").item<int64_t>(), layer.at("group_size").item<int64_t>());
@@ -64,6 +68,9 @@ int main(int argc, char** argv) try {
   const Tensors layer = load_tensors(folder + "/layer.pt");
   const bool same = quantize_layer(layer);
   return run_model(folder + "/model.pt", layer) && same ? 0 : 1;
+} catch (const c10::Error& error) {
+  std::cerr << error.what_without_backtrace() << "\n";
+  return 1;
 } catch (const std::exception& error) {
   std::cerr << error.what() << "\n";
   return 1;
