@@ -37,15 +37,16 @@ bool report(const char* what, bool holds) {
 bool quantize_layer(const Tensors& layer) {
   const at::Tensor weight = layer.at("weight"), inputs = layer.at("inputs");
   const at::Tensor gram = at::zeros({weight.size(1), weight.size(1)});
-  torchquant::gram_accumulate_(gram, inputs);
-  const torchquant::Quantized here = torchquant::comq_quantize(
-      weight, gram, layer.at("bits").item<int64_t>(), layer.at("group_size").item<int64_t>());
+  torchquant::call("gram_accumulate_", {gram, inputs});
+  const auto here = torchquant::call("comq_quantize", {weight, gram},
+                                     {{"bits", layer.at("bits").item<int64_t>()},
+                                      {"group_size", layer.at("group_size").item<int64_t>()}});
   std::cout << "weight " << weight.sizes() << ", " << inputs.size(0) << " inputs, status "
-            << here.info[0].item<int64_t>() << "\n";
+            << here[3][0].item<int64_t>() << "\n";
   bool same = report("gram", at::equal(gram, layer.at("gram")));
-  same &= report("codes", at::equal(here.codes, layer.at("codes")));
-  same &= report("scale", at::equal(here.scale, layer.at("scale")));
-  return report("zero point", at::equal(here.zero_point, layer.at("zero_point"))) && same;
+  same &= report("codes", at::equal(here[0], layer.at("codes")));
+  same &= report("scale", at::equal(here[1], layer.at("scale")));
+  return report("zero point", at::equal(here[2], layer.at("zero_point"))) && same;
 }
 
 // The model that Python quantized and scripted. Its float products may be summed in another order,
