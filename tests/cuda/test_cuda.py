@@ -1,4 +1,4 @@
-"""CUDA against CPU. Where no matrix product decides, codes are equal to the last bit; elsewhere cuBLAS and the CPU's BLAS
+"""CUDA against CPU. Where no matrix product decides, codes are equal to the last bit; elsewhere the two devices' BLAS
 round differently, and a near tie may fall the other way and take the rest of its row with it. The kernels' own logic
 also runs without a GPU: tests/cpp/test_cuda_kernels.cpp."""
 
