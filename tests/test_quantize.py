@@ -211,6 +211,12 @@ def test_bfloat16_model():
     assert distance(model, before, xs) < 0.2
 
 
+def test_float64_model():
+    model, xs = make(Mlp).double(), [x.double() for x in rows()]
+    run(model, "W4A16", xs, method="comq", inputs="quantized")
+    assert distance(model, make(Mlp).double(), xs) < 0.2
+
+
 def test_dead_inputs_are_counted_and_harmless():
     model, xs = make(Mlp), rows()
     for x in xs:
@@ -385,7 +391,8 @@ def test_a_failure_half_way_changes_nothing(monkeypatch, inputs):
         return solve(*arguments)
 
     monkeypatch.setattr(quantize, "solve", failing)
-    assert_unchanged(make(Mlp), "layer 'blocks.2.0': out of luck", calib=rows(), inputs=inputs, method="comq")
+    options = {"calib": rows(), "inputs": inputs, "method": "comq", "error": RuntimeError}
+    assert_unchanged(make(Mlp), "layer 'blocks.2.0': out of luck", **options)
 
 
 def test_bad_weight_names_the_layer():

@@ -181,7 +181,7 @@ def add_input(name: str, module: nn.Module, stats: Stats, x: Tensor) -> None:
         return
     try:
         stats.tokens += layout.accumulate_gram(stats.gram, module, x)
-    except (RuntimeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         check_finite(name, x)
         raise ValueError(f"calibration: layer {name!r}: {error}") from error
     # A NaN or Inf reaches the diagonal, which is far smaller than the input.

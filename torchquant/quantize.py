@@ -256,8 +256,9 @@ def solve_layer(run: Run, target: Target, stats: Stats | None) -> None:
     matrix = layout.to_matrix(module)
     try:
         solution = solve(matrix, stats, scheme, run.steps)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"quantize_: layer {target.name!r}: {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+        raise kind(f"quantize_: layer {target.name!r}: {error}") from error
     layer = LayerReport(
         name=target.name,
         type=type(module).__name__,
@@ -303,6 +304,8 @@ def finish(run: Run, scheme: Scheme, began: float) -> Report:
         "magr": {name: list(found.largest) for name, found in run.solutions.items() if found.largest},
     }
     seconds = time.perf_counter() - began
+    solving = sum(layer.seconds for layer in layers)
+    logger.info("%d layers quantized in %.1f s, of which solving %.1f s", len(run.solutions), seconds, solving)
     return Report(layers, seconds, str(scheme), method_name(run.steps), run.seed, details)
 
 

@@ -151,6 +151,7 @@ def new_gram(module: nn.Module, device: torch.device) -> Tensor:
 def accumulate_gram(gram: Tensor, module: nn.Module, x: Tensor) -> int:
     """Add the Gram of input ``x`` to ``gram``; returns how many tokens (rows, or output positions) ``x`` held."""
     conv = geometry(module)
+    x = x.float() if x.dtype == torch.float64 else x
     if conv is None:
         gram_accumulate_(gram, x)
         return x.numel() // max(x.shape[-1], 1)

@@ -19,8 +19,11 @@ from .rtn import rtn_quantize
 
 # FISTA steps of each MagR run. 40 reach the objective of 200 ISTA steps (the published setting); more pay at 2 bits,
 # and at 4 bits MagR hardly ever wins a row. A step costs 2 N K^2 operations.
-LOW_BITS_ITERS = {"fast": (40,), "standard": (40, 150), "high": (40, 150, 300)}
-HIGH_BITS_ITERS: dict[str, tuple[int, ...]] = {"fast": (), "standard": (), "high": (40,)}
+ITERS: dict[str, dict[int, tuple[int, ...]]] = {
+    "fast": {2: (40,), 3: (40,)},
+    "standard": {2: (40, 120), 3: (40,)},
+    "high": {2: (40, 150, 300), 3: (40, 150, 300), 4: (40,)},
+}
 SWEEPS = {"fast": 3, "standard": 3, "high": 6}
 
 
@@ -118,7 +121,7 @@ def candidates(
     low = bits <= 3
     alpha = 1e-3 if low and group_size == 0 else 1e-4
     grids = [grid] if grid == "symmetric" else ["midrise", grid] if effort == "high" else ["midrise"]
-    for iters in (LOW_BITS_ITERS if low else HIGH_BITS_ITERS)[effort]:
+    for iters in ITERS[effort].get(bits, ()):
         small = magr_preprocess(weight, gram, alpha=alpha, iters=iters, group_size=group_size, solver="fista")
         largest[:] = [float(w.float().abs().amax(1).mean()) for w in (weight, small)]
         for after in grids:
