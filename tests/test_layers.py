@@ -11,7 +11,7 @@ MODULES = sorted((ROOT / "torchquant").rglob("*.py"))
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 IMPORT = re.compile(r"^\s*from\s+(\.+)([\w.]*)\s+import", re.M)
 ROUNDING = re.compile(
-    r"\b(std::|at::)?(nearbyintf?|l?l?rintf?|l?l?roundf?|round_?|_mm\w*_round\w*|__float2int_r\w)\s*\("
+    r"(\b(std|at)::round_?|\b(nearbyint|l?l?rint)f?|\bl?l?roundf|\b_mm\w*_round\w*|\b__float2int_r\w)\s*\("
 )
 TORCH = ("ATen/", "c10/", "torch/")
 ROOMS = {"statistics", "solvers", "quantizers", "kernels", "training"}
