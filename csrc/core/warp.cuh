@@ -22,6 +22,14 @@ __device__ inline float warp_sum(float x) {
   return warp_reduce(x, [](float a, float b) { return a + b; });
 }
 
+// x of the first `lanes` lanes of a half warp, added in their order; the two halves are apart.
+constexpr int kHalfWarp = kWarpSize / 2;
+__device__ inline float sum_in_order(float x, int lanes) {
+  float sum = 0.0f;
+  for (int l = 0; l < lanes; ++l) sum += __shfl_sync(kFullWarp, x, l, kHalfWarp);
+  return sum;
+}
+
 // Up to 128 floats of a row in registers: lane l holds columns l, l + 32, l + 64 and l + 96.
 struct WarpRow {
   static constexpr int kSlots = 4;

@@ -1,4 +1,5 @@
 // Values of codes, value = (code - zero_point) * scale, and how far they move a layer's output.
+#include <ATen/Context.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -43,6 +44,7 @@ at::Tensor quantization_error(const at::Tensor& weight, const at::Tensor& gram,
   const char* op = "quantization_error";
   check_device(op, weight);
   const c10::DeviceGuard guard(weight.device());
+  const at::NoTF32Guard no_tf32;
   const GramProblem p = gram_problem(op, weight, gram);
   check_shape(op, "codes", codes, weight.sizes());
   check_same_device(op, "codes", codes, weight);

@@ -5,7 +5,8 @@
 namespace torchquant {
 namespace {
 
-constexpr int kHalves = kWarpSize / kRtnLanes;  // of a warp: each tries a factor of its own
+static_assert(kRtnLanes == kHalfWarp);
+constexpr int kHalves = 2;  // of a warp: each tries a factor of its own
 
 // One lane for each partial sum of the CPU leaf, which are then added in its order.
 __device__ float squared_error(const float* weight, int64_t length, float scale, float zero_point,
@@ -16,9 +17,7 @@ __device__ float squared_error(const float* weight, int64_t length, float scale,
         weight[i] - to_value(to_code(weight[i], scale, zero_point, max_code), scale, zero_point);
     partial += e * e;
   }
-  float sum = 0.0f;
-  for (int l = 0; l < kRtnLanes; ++l) sum += __shfl_sync(kFullWarp, partial, l, kRtnLanes);
-  return sum;
+  return sum_in_order(partial, kRtnLanes);
 }
 
 __global__ void rtn_shrink_kernel(const RtnShrink search) {

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
