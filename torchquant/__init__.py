@@ -10,9 +10,9 @@ from . import (
 from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme
 from .formats import load, save
 from .memory import estimate_memory
-from .quantize import quantize_
+from .quantize import collect_statistics, quantize_
 from .report import LayerReport, Report
-from .solvers import comq_quantize, dequantize, gptq_quantize, quantization_error, rtn_quantize
+from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, quantization_error, rtn_quantize
 from .statistics import conv_gram_accumulate_, cross_gram_accumulate_, gram_accumulate_
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MagR",
     "Report",
     "Scheme",
+    "collect_statistics",
     "comq_quantize",
     "conv_gram_accumulate_",
     "cross_gram_accumulate_",
@@ -33,6 +34,7 @@ __all__ = [
     "gptq_quantize",
     "gram_accumulate_",
     "load",
+    "magr_preprocess",
     "nn",
     "quantization_error",
     "quantize_",
