@@ -245,6 +245,17 @@ def test_same_call_same_codes():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_one_calibration_serves_several_calls():
+    model, xs = make(Functional), rows()
+    found = torchquant.collect_statistics(model, xs, max_tokens=60, progress=False)
+    for method in ("gptq", "comq"):
+        one, two = copy.deepcopy(model), copy.deepcopy(model)
+        first, second = run(one, "W3A16", found, method=method), run(two, "W3A16", xs, method=method, max_tokens=60)
+        assert [layer.status for layer in first.layers] == [layer.status for layer in second.layers]
+        assert torch.equal(one.called.matrix(), two.called.matrix())
+    assert_unchanged(model, "collected statistics go with inputs='float'", calib=found, inputs="quantized")
+
+
 # --- layers that stay ---
 
 

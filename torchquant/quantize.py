@@ -59,6 +59,7 @@ class Run:
     max_tokens: int | None
     seed: int
     progress: bool
+    strict: bool
 
     def open_layers(self) -> dict[str, nn.Module]:
         """The layers that are neither solved nor given up."""
@@ -67,6 +68,14 @@ class Run:
     def skip(self, name: str, class_name: str, reason: str) -> None:
         self.layers[name] = skipped_report(name, class_name, reason)
         logger.warning("%s is left in floating point: %s", name, reason)
+
+    def require_all(self) -> None:
+        """Under strict, an error as soon as it is known which layers would stay: before anything costly."""
+        left = [
+            f"{name} ({layer.status.removeprefix('skipped: ')})" for name, layer in self.layers.items() if layer.skipped
+        ]
+        if self.strict and left:
+            raise ValueError(f"quantize_: strict: {len(left)} would stay in floating point: {'; '.join(left)}")
 
 
 def quantize_(
@@ -105,7 +114,7 @@ def quantize_(
         progress: show progress bars.
         checkpoint_dir: finished layers are kept there, and a repeated call goes on where the last one was stopped.
         seed: of the calibration's random numbers (sub-sampling, shuffling loaders).
-        max_tokens: use at most so many tokens a layer.
+        max_tokens: use at most so many tokens a layer (convolutions: whole pictures, at least one).
 
     Raises:
         ValueError: options that mean nothing, patterns that match nothing, calibration data without tokens or with NaN
@@ -131,9 +140,10 @@ def quantize_(
     }
     with calibrating(model, seed):
         checkpoint = None if isinstance(data, Statistics) else open_checkpoint(checkpoint_dir, config, model, data)
-        run = Run(model, targets, steps, checkpoint, {}, {}, max_tokens, seed, progress)
+        run = Run(model, targets, steps, checkpoint, {}, {}, max_tokens, seed, progress, strict)
         for layer in skipped:
             run.skip(layer.name, layer.type, layer.status.removeprefix("skipped: "))
+        run.require_all()
         restore(run)
         if data is None:
             skip_foreign(run)
@@ -145,8 +155,6 @@ def quantize_(
         else:
             quantize_from_quantized_inputs(run, data)
     report = finish(run, wanted, began)
-    if strict:
-        require_all(report)
     swap_in(run)
     return report
 
@@ -216,6 +224,7 @@ def skip_foreign(run: Run) -> None:
         if not layout.is_known(module):
             kind = type(module).__name__
             run.skip(name, kind, f"{kind} has a forward() of its own; pass calibration data to have it checked")
+    run.require_all()
 
 
 def explain_missing(run: Run, seen: Observed, reached: Any) -> None:
@@ -232,6 +241,7 @@ def explain_missing(run: Run, seen: Observed, reached: Any) -> None:
         elif name not in reached:
             run.skip(name, kind, "calibration never reached it")
     report_loose_parameters(run, seen)
+    run.require_all()
 
 
 def report_loose_parameters(run: Run, seen: Observed) -> None:
@@ -321,9 +331,3 @@ def histogram(target: Target, found: Solution) -> dict[str, Any]:
     low, high = -1.0, float(levels)
     position = (weight / scale + zero_point).clamp(low, high)
     return {"low": low, "high": high, "levels": levels, "counts": torch.histc(position, BINS, low, high).int().tolist()}
-
-
-def require_all(report: Report) -> None:
-    left = [f"{layer.name} ({layer.status.removeprefix('skipped: ')})" for layer in report.layers if layer.skipped]
-    if left:
-        raise ValueError(f"quantize_: strict: {len(left)} would stay in floating point: {'; '.join(left)}")
