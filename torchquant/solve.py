@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .collect import Stats
 from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, Step, method_name
-from .solvers import comq_quantize, gptq_quantize, rtn_quantize
+from .solvers import comq_quantize, gptq_quantize, magr_preprocess, rtn_quantize
 from .solvers.portfolio import Candidate, portfolio_quantize, row_objective, times_gram
 
 STATUS = ("ok", "damped", "rounded")  # by the operators' info[0]
@@ -176,7 +176,7 @@ def run_step(
 def run_magr(problem: Problem, scheme: Scheme, step: MagR) -> Tensor:
     mild = scheme.group_size > 0 or scheme.weight_bits > 3
     alpha = step.alpha if step.alpha is not None else (1e-4 if mild else 1e-3)
-    return torch.ops.torchquant.magr_preprocess(
+    return magr_preprocess(
         problem.weight, problem.gram, alpha=alpha, iters=step.iters, group_size=scheme.group_size, solver=step.solver
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .comq import comq_quantize
 from .dequantize import dequantize, quantization_error
 from .gptq import gptq_quantize
+from .magr import magr_preprocess
 from .rtn import rtn_quantize
 
 # FISTA steps of each MagR run. 40 reach the objective of 200 ISTA steps (the published setting); more pay at 2 bits,
@@ -121,9 +122,7 @@ def candidates(
     alpha = 1e-3 if low and group_size == 0 else 1e-4
     grids = [grid] if grid == "symmetric" else ["midrise", grid] if effort == "high" else ["midrise"]
     for iters in ITERS[effort].get(bits, ()):
-        small = torch.ops.torchquant.magr_preprocess(
-            weight, gram, alpha=alpha, iters=iters, group_size=group_size, solver="fista"
-        )
+        small = magr_preprocess(weight, gram, alpha=alpha, iters=iters, group_size=group_size, solver="fista")
         largest[:] = [float(w.float().abs().amax(1).mean()) for w in (weight, small)]
         for after in grids:
             label = f"magr{iters}+" if after == grids[0] else f"magr{iters}/{after}+"
