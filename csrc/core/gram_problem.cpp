@@ -7,8 +7,9 @@
 namespace torchquant {
 namespace {
 
-constexpr double kDeadRatio =
-    1e-30;  // of the largest diagonal element: below, 1 / H_jj would leave float32
+// Of the largest diagonal element: an input below it never fires, its reciprocal leaves float32.
+constexpr double kDeadRatio = 1e-24;
+constexpr double kSafe = 1e12;  // largest diagonal elements up to here and down to 1 / kSafe stay
 
 }  // namespace
 
@@ -24,10 +25,11 @@ GramProblem gram_problem(const char* op, const at::Tensor& weight, const at::Ten
       weight.to(at::kFloat).contiguous().view({problems, weight.size(0) / problems, columns});
   const at::Tensor grams = gram.reshape({problems, columns, columns});
   const double largest = columns > 0 ? grams.diagonal(0, 1, 2).max().item<double>() : 0.0;
-  p.unit = largest > 0 ? std::exp2(-std::ilogb(largest)) : 1.0;
-  p.gram = grams.mul(p.unit).to(at::kFloat).contiguous();
+  const bool safe = largest > 1 / kSafe && largest < kSafe;
+  p.unit = largest > 0 && !safe ? std::exp2(-std::ilogb(largest)) : 1.0;
+  p.gram = (safe ? grams : grams.mul(p.unit)).to(at::kFloat).contiguous();
   p.diagonal = p.gram.diagonal(0, 1, 2).contiguous();
-  p.dead = p.diagonal.le(kDeadRatio);
+  p.dead = p.diagonal.le(kDeadRatio * largest * p.unit);
   return p;
 }
 

@@ -11,8 +11,7 @@ struct GramProblem {
   at::Tensor gram;      // float32 [B, K, K], contiguous, times `unit`
   at::Tensor diagonal;  // [B, K] of gram
   at::Tensor dead;      // bool [B, K]: inputs that never fire
-  double unit;  // a power of two that brings the largest diagonal element near 1: no overflow in
-                // float32, the same bits
+  double unit;          // a power of two, 1 unless the largest diagonal element might overflow sums
 };
 
 // Checks weight and gram.

@@ -1,34 +1,41 @@
 #include <csrc/solvers/comq.h>
 
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/gram_problem.h>
+#include <csrc/core/permute.h>
 #include <csrc/core/quantization.h>
 #include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
-// Shapes: B Grams (1, or one per group of a grouped convolution), n rows each, K inputs, G groups of columns with one scale each.
-// Inside this file columns are permuted into the order in which they are visited (shared, semi); B > 1 implies G = 1.
+// Shapes: B Grams (1, or one per group of a grouped convolution), n rows each, K inputs, G groups
+// of columns with one scale each. Inside this file columns are permuted into the order in which
+// they are visited (shared, semi); B > 1 implies G = 1.
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kBlock = 64;           // coordinates per block: the in-block step grows with it, the products between need it
-constexpr int64_t kWideBlock = 128;      // for K beyond kWideColumns, where the products dominate
+// Coordinates per block: the in-block step grows with it, the products between the blocks need it.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kWideBlock = 128;  // for K beyond kWideColumns, where the products dominate
 constexpr int64_t kWideColumns = 1536;
-constexpr int64_t kRowsPerChunk = 96;    // rows per task: a multiple of comq_block's row lanes; keeps G of a chunk in L2
+// Rows per task: a multiple of comq_block's row lanes; keeps G of a chunk in L2.
+constexpr int64_t kRowsPerChunk = 96;
+constexpr float kSettled = 1e-5f;  // relative step of a scale below which it has converged
 constexpr double kDefaultShrink[] = {1.0, 0.9, 0.8, 0.65, 0.5};
 
 enum class Order { shared, greedy, semi, cyclic };
@@ -37,7 +44,8 @@ Order parse_order(const char* op, std::string_view order) {
   if (order == "shared") return Order::shared;
   if (order == "greedy") return Order::greedy;
   if (order == "semi") return Order::semi;
-  TORCH_CHECK_VALUE(order == "cyclic", op, ": order must be shared, greedy, semi or cyclic, got '", order, "'");
+  TORCH_CHECK_VALUE(order == "cyclic", op, ": order must be shared, greedy, semi or cyclic, got '",
+                    order, "'");
   return Order::cyclic;
 }
 
@@ -53,12 +61,13 @@ struct Options {
 
 // Some rows of the layer: everything a task needs.
 struct Rows {
-  at::Tensor weight;                   // [B, n, K]
-  at::Tensor linear;                   // [B, n, K] P; undefined: weight @ gram
-  at::Tensor gram;                     // [B, K, K]
-  at::Tensor inverse_diagonal;         // [B, K]
-  at::Tensor order;                    // int32 [B, n, K] or undefined
-  std::vector<at::Tensor> group_columns;  // G index tensors: where each group's columns stand; empty for one group
+  at::Tensor weight;            // [B, n, K]
+  at::Tensor linear;            // [B, n, K] P; undefined: weight @ gram
+  at::Tensor gram;              // [B, K, K]
+  at::Tensor inverse_diagonal;  // [B, K]
+  at::Tensor order;             // int32 [B, n, K] or undefined
+  std::vector<at::Tensor>
+      group_columns;  // G index tensors: where each group's columns stand; empty for one group
 };
 
 struct Solution {
@@ -74,26 +83,34 @@ at::Tensor per_column(const Rows& rows, const at::Tensor& grouped) {
   at::Tensor expanded = at::empty_like(rows.weight);
   for (size_t g = 0; g < rows.group_columns.size(); ++g) {
     const at::Tensor& columns = rows.group_columns[g];
-    expanded.index_copy_(2, columns, grouped.narrow(2, g, 1).expand({grouped.size(0), grouped.size(1), columns.numel()}));
+    expanded.index_copy_(
+        2, columns,
+        grouped.narrow(2, g, 1).expand({grouped.size(0), grouped.size(1), columns.numel()}));
   }
   return expanded;
 }
 
-RowGrids row_grids(const at::Tensor& scale, const at::Tensor& zero_point, int64_t problem, int64_t first_column, int64_t bits) {
+RowGrids row_grids(const at::Tensor& scale, const at::Tensor& zero_point, int64_t problem,
+                   int64_t first_column, int64_t bits) {
   const int64_t columns = scale.size(2);
   const int64_t offset = problem * scale.size(1) * columns + (columns > 1 ? first_column : 0);
-  return {scale.const_data_ptr<float>() + offset, zero_point.const_data_ptr<float>() + offset, columns, columns > 1 ? 1 : 0,
-          max_code_of(bits)};
+  return {scale.const_data_ptr<float>() + offset, zero_point.const_data_ptr<float>() + offset,
+          columns, columns > 1 ? 1 : 0, max_code_of(bits)};
 }
 
 at::Tensor values(const Rows& rows, const Solution& s) {
-  return s.codes.to(at::kFloat).sub_(per_column(rows, s.zero_point)).mul_(per_column(rows, s.scale));
+  return s.codes.to(at::kFloat)
+      .sub_(per_column(rows, s.zero_point))
+      .mul_(per_column(rows, s.scale));
 }
 
-// The first sweep in blocks: the in-block step is sequential, everything behind the block gets one product.
+// The first sweep in blocks: the in-block step is sequential, everything behind the block gets one
+// product.
 void sweep_blocks(const Rows& rows, const Options& options, Solution& s) {
   const int64_t B = rows.weight.size(0), n = rows.weight.size(1), K = rows.weight.size(2);
-  const int64_t block = options.order == Order::semi ? kComqMaxBlock : K > kWideColumns ? kWideBlock : kBlock;
+  const int64_t block = options.order == Order::semi ? kComqMaxBlock
+                        : K > kWideColumns           ? kWideBlock
+                                                     : kBlock;
   const at::Tensor scale = per_column(rows, s.scale), zero_point = per_column(rows, s.zero_point);
   at::Tensor change = at::empty({n * block}, rows.weight.options());
   for (int64_t b = 0; b < B; ++b) {
@@ -102,17 +119,21 @@ void sweep_blocks(const Rows& rows, const Options& options, Solution& s) {
     for (int64_t first = 0; first < K; first += block) {
       const int64_t width = std::min(block, K - first);
       const int64_t offset = b * n * K + first;
-      TORCHQUANT_RUN(comq_block, rows.weight,
-                     (ComqBlock{n, width, rows.weight.const_data_ptr<float>() + offset, gradient.const_data_ptr<float>() + first, K,
-                                gram.const_data_ptr<float>() + first * K + first, K,
-                                rows.inverse_diagonal.const_data_ptr<float>() + b * K + first,
-                                rows.order.defined() ? rows.order.const_data_ptr<int32_t>() + offset : nullptr,
-                                row_grids(scale, zero_point, b, first, options.bits),
-                                s.codes.mutable_data_ptr<uint8_t>() + offset, change.mutable_data_ptr<float>()}));
+      TORCHQUANT_RUN(
+          comq_block, rows.weight,
+          (ComqBlock{n, width, rows.weight.const_data_ptr<float>() + offset,
+                     gradient.const_data_ptr<float>() + first, K,
+                     gram.const_data_ptr<float>() + first * K + first, K,
+                     rows.inverse_diagonal.const_data_ptr<float>() + b * K + first,
+                     rows.order.defined() ? rows.order.const_data_ptr<int32_t>() + offset : nullptr,
+                     first, row_grids(scale, zero_point, b, first, options.bits),
+                     s.codes.mutable_data_ptr<uint8_t>() + offset,
+                     change.mutable_data_ptr<float>()}));
       const int64_t behind = K - first - width;
       if (behind == 0) continue;
       gradient.narrow(1, first + width, behind)
-          .addmm_(change.narrow(0, 0, n * width).view({n, width}), gram.narrow(0, first, width).narrow(1, first + width, behind));
+          .addmm_(change.narrow(0, 0, n * width).view({n, width}),
+                  gram.narrow(0, first, width).narrow(1, first + width, behind));
     }
   }
 }
@@ -124,10 +145,14 @@ void sweep_greedily(const Rows& rows, const Options& options, Solution& s) {
   for (int64_t b = 0; b < rows.weight.size(0); ++b) {
     const int64_t offset = b * n * K;
     TORCHQUANT_RUN(comq_greedy, rows.weight,
-                   (ComqGreedy{n, K, rows.weight.const_data_ptr<float>() + offset, s.gradient.const_data_ptr<float>() + offset,
-                               rows.gram.const_data_ptr<float>() + b * K * K, rows.inverse_diagonal.const_data_ptr<float>() + b * K,
-                               rows.order.const_data_ptr<int32_t>() + offset, row_grids(scale, zero_point, b, 0, options.bits),
-                               s.codes.mutable_data_ptr<uint8_t>() + offset, change.mutable_data_ptr<float>()}));
+                   (ComqGreedy{n, K, rows.weight.const_data_ptr<float>() + offset,
+                               s.gradient.const_data_ptr<float>() + offset,
+                               rows.gram.const_data_ptr<float>() + b * K * K,
+                               rows.inverse_diagonal.const_data_ptr<float>() + b * K,
+                               rows.order.const_data_ptr<int32_t>() + offset,
+                               row_grids(scale, zero_point, b, 0, options.bits),
+                               s.codes.mutable_data_ptr<uint8_t>() + offset,
+                               change.mutable_data_ptr<float>()}));
   }
 }
 
@@ -137,18 +162,22 @@ bool sweep_changes(const Rows& rows, const Options& options, Solution& s) {
   at::Tensor changed = at::zeros({1}, rows.weight.options().dtype(at::kLong));
   for (int64_t b = 0; b < rows.weight.size(0); ++b) {
     const int64_t offset = b * n * K;
-    TORCHQUANT_RUN(comq_sweep, rows.weight,
-                   (ComqSweep{n, K, rows.gram.const_data_ptr<float>() + b * K * K,
-                              rows.inverse_diagonal.const_data_ptr<float>() + b * K,
-                              rows.order.defined() ? rows.order.const_data_ptr<int32_t>() + offset : nullptr,
-                              row_grids(scale, zero_point, b, 0, options.bits), s.codes.mutable_data_ptr<uint8_t>() + offset,
-                              s.gradient.mutable_data_ptr<float>() + offset, changed.mutable_data_ptr<int64_t>()}));
+    TORCHQUANT_RUN(
+        comq_sweep, rows.weight,
+        (ComqSweep{n, K, rows.gram.const_data_ptr<float>() + b * K * K,
+                   rows.inverse_diagonal.const_data_ptr<float>() + b * K,
+                   rows.order.defined() ? rows.order.const_data_ptr<int32_t>() + offset : nullptr,
+                   row_grids(scale, zero_point, b, 0, options.bits),
+                   s.codes.mutable_data_ptr<uint8_t>() + offset,
+                   s.gradient.mutable_data_ptr<float>() + offset,
+                   changed.mutable_data_ptr<int64_t>()}));
   }
   return changed.item<int64_t>() > 0;
 }
 
-// The exact minimiser over one scale, the rest fixed. With q the group's values, t = q H and the factor r on the scale:
-// r - 1 = (q . G) / (q . t), then G -= (r - 1) t. Kept only where numerator and denominator of r are positive.
+// The exact minimiser over one scale, the rest fixed. With q the group's values, t = q H and the
+// factor r on the scale: r - 1 = (q . G) / (q . t), then G -= (r - 1) t. Kept only where numerator
+// and denominator of r are positive.
 at::Tensor scale_step(const at::Tensor& q, const at::Tensor& gradient, const at::Tensor& t) {
   const at::Tensor down = q.mul(t).sum(-1, true, at::kFloat);
   const at::Tensor up = q.mul(gradient).sum(-1, true, at::kFloat);
@@ -156,29 +185,36 @@ at::Tensor scale_step(const at::Tensor& q, const at::Tensor& gradient, const at:
   return at::where(usable, up.div(down), at::zeros_like(up));  // r - 1
 }
 
-void update_scales(const Rows& rows, const at::Tensor& linear, Solution& s) {
+// Returns whether any scale moved by more than kSettled.
+bool update_scales(const Rows& rows, const at::Tensor& linear, Solution& s) {
   const at::Tensor q = values(rows, s);
   if (rows.group_columns.empty()) {
     const at::Tensor t = linear - s.gradient;
     const at::Tensor step = scale_step(q, s.gradient, t);
     s.scale.add_(s.scale * step);
     s.gradient.sub_(t.mul_(step));
-    return;
+    return step.abs().max().item<float>() > kSettled;
   }
+  at::Tensor largest = at::zeros({}, q.options());  // read back once
   const at::Tensor gram = rows.gram.select(0, 0);
+  at::Tensor gradient = s.gradient.select(0, 0);
   for (size_t g = 0; g < rows.group_columns.size(); ++g) {
     const at::Tensor& columns = rows.group_columns[g];
     const at::Tensor q_group = q.select(0, 0).index_select(1, columns);
     at::Tensor t = q_group.mm(gram.index_select(0, columns));  // [n, K]
-    const at::Tensor step = scale_step(q_group, s.gradient.select(0, 0).index_select(1, columns), t.index_select(1, columns));
+    const at::Tensor step =
+        scale_step(q_group, gradient.index_select(1, columns), t.index_select(1, columns));
     at::Tensor scale = s.scale.select(0, 0).narrow(1, g, 1);
     scale.add_(scale * step);
-    s.gradient.select(0, 0).sub_(t.mul_(step));
+    gradient.sub_(t.mul_(step));
+    largest = at::maximum(largest, step.abs().max());
   }
+  return largest.item<float>() > kSettled;
 }
 
 // Rows of `candidate` with a lower error replace those of `best`.
-void keep_better(const Solution& candidate, const at::Tensor& error, Solution& best, at::Tensor& best_error) {
+void keep_better(const Solution& candidate, const at::Tensor& error, Solution& best,
+                 at::Tensor& best_error) {
   const at::Tensor better = error.lt(best_error);  // [B, n, 1]
   best.codes = at::where(better, candidate.codes, best.codes);
   best.scale = at::where(better, candidate.scale, best.scale);
@@ -189,14 +225,17 @@ void keep_better(const Solution& candidate, const at::Tensor& error, Solution& b
 void round_weight(const Rows& rows, const Options& options, Solution& s) {
   Rows dead = rows;
   dead.inverse_diagonal = at::zeros_like(rows.inverse_diagonal);
+  dead.order.reset();
   s.gradient = at::zeros_like(rows.weight);
   sweep_blocks(dead, options, s);
 }
 
 // Solves the rows from the grid (and codes, when options.from_codes) in `start`.
 Solution solve(const Rows& rows, const Options& options, const Solution& start) {
-  const bool plain = options.sweeps == 1 && !options.update_scale && options.shrink.size() == 1 && !options.from_codes;
-  at::Tensor linear = rows.linear, residual;  // residual = P - W H: what the target asks beyond the float weight
+  const bool plain = options.sweeps == 1 && !options.update_scale && options.shrink.size() == 1 &&
+                     !options.from_codes;
+  at::Tensor linear = rows.linear,
+             residual;  // residual = P - W H: what the target asks beyond the float weight
   if (linear.defined()) residual = linear - at::bmm(rows.weight, rows.gram);
   if (!linear.defined() && !plain) linear = at::bmm(rows.weight, rows.gram);
 
@@ -207,19 +246,21 @@ Solution solve(const Rows& rows, const Options& options, const Solution& start) 
     if (options.from_rounding) round_weight(rows, options, s);
     if (!options.from_codes) {
       s.gradient = residual.defined() ? residual.clone() : at::zeros_like(rows.weight);
-      options.order == Order::greedy ? sweep_greedily(rows, options, s) : sweep_blocks(rows, options, s);
+      options.order == Order::greedy ? sweep_greedily(rows, options, s)
+                                     : sweep_blocks(rows, options, s);
       if (plain) return s;
     }
     s.gradient = linear - at::bmm(values(rows, s), rows.gram);
     if (options.update_scale && !options.from_codes) update_scales(rows, linear, s);
     for (int64_t sweep = options.from_codes ? 0 : 1; sweep < options.sweeps; ++sweep) {
       const bool changed = sweep_changes(rows, options, s);
-      if (options.update_scale) update_scales(rows, linear, s);
-      if (!changed) break;
+      const bool moved = options.update_scale && update_scales(rows, linear, s);
+      if (!changed && !moved) break;
     }
     if (options.shrink.size() == 1) return s;
     at::Tensor slope = residual.defined() ? s.gradient + residual : s.gradient;
-    const at::Tensor error = slope.mul(rows.weight - values(rows, s)).sum(-1, true);  // e.(G + P - W H): the objective up to a constant
+    const at::Tensor error = slope.mul(rows.weight - values(rows, s))
+                                 .sum(-1, true);  // e.(G + P - W H): the objective up to a constant
     if (!best_error.defined()) {
       best = s;
       best_error = error;
@@ -230,64 +271,81 @@ Solution solve(const Rows& rows, const Options& options, const Solution& start) 
   return best;
 }
 
-// The visiting order: a permutation of the columns for all rows of a Gram, and an order inside each row (greedy, semi).
+// The visiting order: a permutation of the columns for all rows of a Gram, and an order inside each
+// row (greedy, semi).
 at::Tensor column_order(const GramProblem& p, Order order) {  // int64 [B, K]
-  if (order == Order::shared || order == Order::semi) return p.diagonal.argsort(/*stable=*/true, -1, /*descending=*/true);
-  return at::arange(p.diagonal.size(1), p.diagonal.options().dtype(at::kLong)).expand_as(p.diagonal);
+  if (order == Order::shared || order == Order::semi)
+    return p.diagonal.argsort(/*stable=*/true, -1, /*descending=*/true);
+  return at::arange(p.diagonal.size(1), p.diagonal.options().dtype(at::kLong))
+      .expand_as(p.diagonal);
 }
 
-at::Tensor row_orders(const Rows& rows, const at::Tensor& diagonal, Order order) {  // int32 [B, n, K]
+at::Tensor row_orders(const Rows& rows, const at::Tensor& diagonal,
+                      Order order) {  // int32 [B, n, K]
   if (order != Order::greedy && order != Order::semi) return {};
   const at::Tensor gain = rows.weight.abs().mul_(diagonal.sqrt().unsqueeze(1));
-  const int64_t K = gain.size(2), block = order == Order::greedy ? std::max<int64_t>(K, 1) : kComqMaxBlock;
+  const int64_t K = gain.size(2),
+                block = order == Order::greedy ? std::max<int64_t>(K, 1) : kComqMaxBlock;
   at::Tensor orders = at::empty(gain.sizes(), gain.options().dtype(at::kInt));
   for (int64_t first = 0; first < K; first += block) {
     const int64_t width = std::min(block, K - first);
-    orders.narrow(2, first, width).copy_(gain.narrow(2, first, width).argsort(/*stable=*/true, -1, /*descending=*/true));
+    const at::Tensor part = gain.narrow(2, first, width);
+    orders.narrow(2, first, width)
+        .copy_(part.argsort(/*stable=*/true, -1, /*descending=*/true).add_(first));
   }
   return orders;
-}
-
-at::Tensor permute_columns(const at::Tensor& x, const at::Tensor& permutation) {  // [B, n, K], [B, K]
-  if (x.size(0) == 1) return x.index_select(2, permutation.select(0, 0));
-  return x.gather(2, permutation.unsqueeze(1).expand_as(x));
-}
-
-at::Tensor permute_gram(const at::Tensor& gram, const at::Tensor& permutation) {
-  if (gram.size(0) == 1) return permute_columns(gram.index_select(1, permutation.select(0, 0)), permutation);
-  return permute_columns(gram.gather(1, permutation.unsqueeze(2).expand_as(gram)), permutation);
 }
 
 // Cuts the layer into tasks, each solved on one thread; `all` receives the result.
 void solve_in_parts(const Rows& rows, const Options& options, Solution& all) {
   for_each_part(rows.weight, kRowsPerChunk, [&](const Part& part) {
-    const Rows some{part.rows(rows.weight),  part.rows(rows.linear), part.problems(rows.gram), part.problems(rows.inverse_diagonal),
-                    part.rows(rows.order), rows.group_columns};
-    const Solution s = solve(some, options, {part.rows(all.codes), part.rows(all.scale), part.rows(all.zero_point), {}});
+    const Rows some{part.rows(rows.weight),   part.rows(rows.linear),
+                    part.problems(rows.gram), part.problems(rows.inverse_diagonal),
+                    part.rows(rows.order),    rows.group_columns};
+    const Solution s = solve(
+        some, options, {part.rows(all.codes), part.rows(all.scale), part.rows(all.zero_point), {}});
     part.rows(all.codes).copy_(s.codes);
     part.rows(all.scale).copy_(s.scale);
   });
 }
 
-// Where the columns of each group stand after the permutation; only for one Gram with several groups.
-std::vector<at::Tensor> group_columns(const at::Tensor& permutation, int64_t group_size, int64_t groups) {
+// Where the columns of each group stand after the permutation; only for one Gram with several
+// groups.
+std::vector<at::Tensor> group_columns(const at::Tensor& permutation, int64_t group_size,
+                                      int64_t groups) {
   std::vector<at::Tensor> columns;
   if (groups <= 1) return columns;
-  const at::Tensor group_of = permutation.select(0, 0).floor_divide(group_size);
-  for (int64_t g = 0; g < groups; ++g) columns.push_back(group_of.eq(g).nonzero().squeeze(1));
+  // Sorted by group: nothing has to be counted on the device and read back.
+  const at::Tensor by_group =
+      permutation.select(0, 0).floor_divide(group_size).argsort(/*stable=*/true, -1, false);
+  for (int64_t first = 0; first < by_group.size(0); first += group_size) {
+    columns.push_back(by_group.narrow(0, first, std::min(group_size, by_group.size(0) - first)));
+  }
   return columns;
 }
 
-// Solves every Gram of the problem at once (several groups a row need a problem with one Gram: see run). q: grid in, result out.
-void solve_problem(const GramProblem& p, const at::Tensor& linear, int64_t group_size, const Options& options, Quantization& q) {
-  const int64_t B = p.weight.size(0), n = p.weight.size(1), K = p.weight.size(2), G = q.scale.size(1);
+// Solves every Gram of the problem at once (several groups a row need a problem with one Gram: see
+// run). q: grid in, result out.
+void solve_problem(const GramProblem& p, const at::Tensor& linear, int64_t group_size,
+                   const Options& options, Quantization& q) {
+  const int64_t B = p.weight.size(0), n = p.weight.size(1), K = p.weight.size(2),
+                G = q.scale.size(1);
   const at::Tensor permutation = column_order(p, options.order);
   const at::Tensor inverse = at::where(p.dead, at::zeros_like(p.diagonal), p.diagonal.reciprocal());
-  Rows rows{permute_columns(p.weight, permutation), linear.defined() ? permute_columns(linear, permutation) : linear,
-            permute_gram(p.gram, permutation), permute_columns(inverse.unsqueeze(1), permutation).squeeze(1), {},
+  Rows rows{permute_columns(p.weight, permutation),
+            linear.defined() ? permute_columns(linear, permutation) : linear,
+            permute_gram(p.gram, permutation),
+            permute_columns(inverse.unsqueeze(1), permutation).squeeze(1),
+            {},
             group_columns(permutation, group_size, G)};
-  rows.order = row_orders(rows, permute_columns(p.diagonal.unsqueeze(1), permutation).squeeze(1), options.order);
-  Solution all{permute_columns(q.codes.view({B, n, K}), permutation), q.scale.view({B, n, G}), q.zero_point.view({B, n, G}), {}};
+  rows.order = row_orders(rows, permute_columns(p.diagonal.unsqueeze(1), permutation).squeeze(1),
+                          options.order);
+  const at::Tensor start = q.codes.view({B, n, K});
+  Solution all{options.from_codes && !options.from_rounding ? permute_columns(start, permutation)
+                                                            : at::empty_like(start),
+               q.scale.view({B, n, G}),
+               q.zero_point.view({B, n, G}),
+               {}};
   solve_in_parts(rows, options, all);
   const at::Tensor back = permutation.argsort(-1, false);
   q.codes = permute_columns(all.codes, back).view({B * n, K});
@@ -304,35 +362,49 @@ void round_dead(const GramProblem& p, int64_t group_size, int64_t bits, Quantiza
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Result gptq_start(const at::Tensor& weight, const at::Tensor& gram, int64_t bits, int64_t group_size, std::string_view grid,
+Result gptq_start(const at::Tensor& weight, const at::Tensor& gram, int64_t bits,
+                  int64_t group_size, std::string_view grid,
                   std::optional<at::ArrayRef<double>> shrink) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchquant::gptq_quantize", "")
-                             .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
-                                           std::optional<at::ArrayRef<double>>, double, int64_t, std::string_view)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torchquant::gptq_quantize", "")
+          .typed<Result(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
+                        std::optional<at::ArrayRef<double>>, double, int64_t, std::string_view)>();
   return op.call(weight, gram, bits, group_size, grid, shrink, 0.01, 128, "natural");
 }
 
-void check_start(const char* op, const at::Tensor& weight, const Quantization& q, int64_t group_size) {
+void check_start(const char* op, const at::Tensor& weight, const Quantization& q,
+                 int64_t group_size, int64_t bits) {
   const int64_t groups = group_count(weight.size(1), group_size);
   check_shape(op, "codes", q.codes, weight.sizes());
   check_shape(op, "scale", q.scale, {weight.size(0), groups});
   check_shape(op, "zero_point", q.zero_point, {weight.size(0), groups});
-  TORCH_CHECK_TYPE(q.codes.scalar_type() == at::kByte, op, ": codes must be uint8, got ", q.codes.scalar_type());
-  for (const auto& [name, tensor] : {std::pair{"codes", q.codes}, {"scale", q.scale}, {"zero_point", q.zero_point}}) {
+  TORCH_CHECK_TYPE(q.codes.scalar_type() == at::kByte, op, ": codes must be uint8, got ",
+                   q.codes.scalar_type());
+  for (const auto& [name, tensor] :
+       {std::pair{"codes", q.codes}, {"scale", q.scale}, {"zero_point", q.zero_point}}) {
     check_same_device(op, name, tensor, weight);
   }
+  check_finite(op, "scale", q.scale);
+  check_finite(op, "zero_point", q.zero_point);
+  if (weight.numel() == 0) return;
+  const auto largest = q.codes.max().item<int64_t>(), allowed = (int64_t{1} << bits) - 1;
+  TORCH_CHECK_VALUE(largest <= allowed, op, ": codes must be at most ", allowed, ", got ", largest);
+  const auto smallest = q.scale.min().item<double>();
+  TORCH_CHECK_VALUE(smallest > 0, op, ": scale must be positive, got ", smallest);
 }
 
 // One call per Gram when rows have several scales, else all at once.
-void run(const GramProblem& p, const at::Tensor& linear, int64_t group_size, const Options& options, Quantization& q) {
+void run(const GramProblem& p, const at::Tensor& linear, int64_t group_size, const Options& options,
+         Quantization& q) {
   const int64_t B = p.weight.size(0), n = p.weight.size(1);
   if (B == 1 || q.scale.size(1) == 1) return solve_problem(p, linear, group_size, options, q);
   for (int64_t b = 0; b < B; ++b) {
     const auto one = [b](const at::Tensor& x) { return x.defined() ? x.narrow(0, b, 1) : x; };
     const auto of_rows = [&](const at::Tensor& x) { return x.narrow(0, b * n, n); };
     Quantization part{of_rows(q.codes), of_rows(q.scale), of_rows(q.zero_point)};
-    solve_problem({one(p.weight), one(p.gram), one(p.diagonal), one(p.dead), p.unit}, one(linear), group_size, options, part);
+    solve_problem({one(p.weight), one(p.gram), one(p.diagonal), one(p.dead), p.unit}, one(linear),
+                  group_size, options, part);
     of_rows(q.codes).copy_(part.codes);
   }
 }
@@ -341,8 +413,9 @@ Result comq_quantize(const at::Tensor& weight,  // [N, K]
                      const at::Tensor& gram,    // [K, K] or [B, K, K]
                      int64_t bits, int64_t group_size, std::string_view grid,
                      const std::optional<at::Tensor>& linear,  // [N, K]
-                     int64_t sweeps, std::string_view order, bool update_scale, std::optional<at::ArrayRef<double>> shrink,
-                     std::string_view init, const std::optional<at::Tensor>& codes, const std::optional<at::Tensor>& scale,
+                     int64_t sweeps, std::string_view order, bool update_scale,
+                     std::optional<at::ArrayRef<double>> shrink, std::string_view init,
+                     const std::optional<at::Tensor>& codes, const std::optional<at::Tensor>& scale,
                      const std::optional<at::Tensor>& zero_point) {
   const char* op = "comq_quantize";
   check_device(op, weight);
@@ -350,15 +423,19 @@ Result comq_quantize(const at::Tensor& weight,  // [N, K]
   check_group_size(op, group_size);
   const GridType type = parse_grid(op, grid);
   TORCH_CHECK_VALUE(sweeps >= 1, op, ": sweeps must be at least 1, got ", sweeps);
-  TORCH_CHECK_VALUE(init == "weight" || init == "rtn" || init == "gptq", op, ": init must be weight, rtn or gptq, got '", init, "'");
+  TORCH_CHECK_VALUE(init == "weight" || init == "rtn" || init == "gptq", op,
+                    ": init must be weight, rtn or gptq, got '", init, "'");
   const bool started = codes.has_value() || scale.has_value() || zero_point.has_value();
-  TORCH_CHECK_VALUE(!started || (codes && scale && zero_point), op, ": codes, scale and zero_point must be given together");
-  Options options{bits, sweeps, parse_order(op, order), update_scale, started || init != "weight", false, {}};
+  TORCH_CHECK_VALUE(!started || (codes && scale && zero_point), op,
+                    ": codes, scale and zero_point must be given together");
+  Options options{bits,  sweeps, parse_order(op, order), update_scale, started || init != "weight",
+                  false, {}};
   options.shrink.assign(std::begin(kDefaultShrink), std::end(kDefaultShrink));
   if (shrink.has_value()) options.shrink = shrink->vec();
   check_shrink(op, options.shrink);
 
   const c10::DeviceGuard guard(weight.device());
+  const at::NoTF32Guard no_tf32;
   const GramProblem p = gram_problem(op, weight, gram);
   at::Tensor target;
   if (linear.has_value()) {
@@ -372,11 +449,14 @@ Result comq_quantize(const at::Tensor& weight,  // [N, K]
   info.select(0, 1).fill_(p.dead.sum());
   Quantization q;
   if (started) {
-    q = {codes->contiguous(), scale->to(at::kFloat).clone(), zero_point->to(at::kFloat).contiguous()};
-    check_start(op, w, q, group_size);
+    q = {codes->clone(at::MemoryFormat::Contiguous),
+         scale->to(at::kFloat).clone(at::MemoryFormat::Contiguous),
+         zero_point->to(at::kFloat).clone(at::MemoryFormat::Contiguous)};
+    check_start(op, w, q, group_size, bits);
     options.shrink = {1.0};
   } else if (init == "gptq") {
-    std::tie(q.codes, q.scale, q.zero_point, info) = gptq_start(w, gram, bits, group_size, grid, shrink);
+    std::tie(q.codes, q.scale, q.zero_point, info) =
+        gptq_start(w, gram, bits, group_size, grid, shrink);
     options.shrink = {1.0};
   } else {
     q = fit_grids(w, group_size, type, bits);
@@ -392,9 +472,12 @@ Result comq_quantize(const at::Tensor& weight,  // [N, K]
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(
-      "comq_quantize(Tensor weight, Tensor gram, *, int bits, int group_size=0, str grid=\"asymmetric\", Tensor? linear=None, int "
-      "sweeps=3, str order=\"shared\", bool update_scale=True, float[]? shrink=None, str init=\"weight\", Tensor? codes=None, "
-      "Tensor? scale=None, Tensor? zero_point=None) -> (Tensor codes, Tensor scale, Tensor zero_point, Tensor info)");
+      "comq_quantize(Tensor weight, Tensor gram, *, int bits, int group_size=0, str "
+      "grid=\"asymmetric\", Tensor? linear=None, int "
+      "sweeps=3, str order=\"shared\", bool update_scale=True, float[]? shrink=None, str "
+      "init=\"weight\", Tensor? codes=None, "
+      "Tensor? scale=None, Tensor? zero_point=None) -> (Tensor codes, Tensor scale, Tensor "
+      "zero_point, Tensor info)");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("comq_quantize", comq_quantize); }

@@ -17,7 +17,7 @@ __device__ void block_row(const ComqBlock& block, int64_t row) {
   WarpRow gradient, codes, changes;
   gradient.load(block.gradient + row * block.stride, width);
   for (int t = 0; t < width; ++t) {
-    const int j = order == nullptr ? t : order[t];
+    const int j = order == nullptr ? t : order[t] - static_cast<int>(block.first_column);
     const int64_t grid = row * block.grids.row_stride + j * block.grids.column_stride;
     const float scale = block.grids.scale[grid];
     const float zero_point = block.grids.zero_point[grid];

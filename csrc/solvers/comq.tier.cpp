@@ -1,11 +1,15 @@
 #include <csrc/solvers/comq.h>
 
+#include <csrc/core/row_tile.h>
+
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
+static_assert(kComqMaxBlock <= kTileColumns);
+
 // Sums run in a fixed number of lanes whatever the vector width, so every tier rounds alike.
-constexpr int64_t kRowLanes = 32;  // rows side by side in comq_block: two chains of divisions hide each other's latency
 constexpr int64_t kLookLanes = 16;  // coordinates whose codes are tried at once in comq_sweep
+constexpr int64_t kDotVectors = kComqDotLanes / kFloat8;
 
 // One block for up to kRowLanes rows, stored coordinate by coordinate with the rows side by side.
 struct Tile {
@@ -13,50 +17,51 @@ struct Tile {
   float gradient[kComqMaxBlock][kRowLanes];
   float scale[kComqMaxBlock][kRowLanes];
   float zero_point[kComqMaxBlock][kRowLanes];
+  float code[kComqMaxBlock][kRowLanes];
+  float change[kComqMaxBlock][kRowLanes];
 };
 
 void load_tile(const ComqBlock& block, int64_t first, int64_t lanes, Tile& tile) {
   const RowGrids& grids = block.grids;
   const int64_t grid_columns = grids.column_stride == 0 ? 1 : block.width;
+  transpose(block.weight + first * block.stride, block.stride, lanes, block.width, tile.weight[0],
+            kRowLanes);
+  transpose(block.gradient + first * block.stride, block.stride, lanes, block.width,
+            tile.gradient[0], kRowLanes);
+  transpose(grids.scale + first * grids.row_stride, grids.row_stride, lanes, grid_columns,
+            tile.scale[0], kRowLanes);
+  transpose(grids.zero_point + first * grids.row_stride, grids.row_stride, lanes, grid_columns,
+            tile.zero_point[0], kRowLanes);
+}
+
+void store_tile(const ComqBlock& block, int64_t first, int64_t lanes, const Tile& tile) {
+  transpose(tile.change[0], kRowLanes, block.width, lanes, block.change + first * block.width,
+            block.width);
+  store_codes(tile.code, block.width, lanes, block.codes + first * block.stride, block.stride);
+}
+
+void round_coordinate(const ComqBlock& block, int64_t j, Tile& tile) {
+  const int64_t grid = block.grids.column_stride == 0 ? 0 : j;
+  const float inverse = block.inverse_diagonal[j];
+  const float alive = inverse > 0.0f ? 1.0f : 0.0f;
   for (int64_t l = 0; l < kRowLanes; ++l) {
-    const int64_t row = l < lanes ? first + l : first;  // spare lanes repeat the first row
-    for (int64_t j = 0; j < block.width; ++j) {
-      tile.weight[j][l] = block.weight[row * block.stride + j];
-      tile.gradient[j][l] = block.gradient[row * block.stride + j];
-    }
-    for (int64_t j = 0; j < grid_columns; ++j) {
-      tile.scale[j][l] = grids.scale[row * grids.row_stride + j];
-      tile.zero_point[j][l] = grids.zero_point[row * grids.row_stride + j];
-    }
+    const float w = tile.weight[j][l];
+    const float scale = tile.scale[grid][l];
+    const float zero_point = tile.zero_point[grid][l];
+    const float code =
+        to_code(w + tile.gradient[j][l] * inverse, scale, zero_point, block.grids.max_code);
+    tile.code[j][l] = code;
+    tile.change[j][l] = (w - to_value(code, scale, zero_point)) * alive;
   }
 }
 
 void block_rows(const ComqBlock& block, int64_t first, int64_t lanes) {
   Tile tile;
+  if (lanes < kRowLanes) tile = {};  // spare lanes compute on zeros and are not stored
   load_tile(block, first, lanes, tile);
-  for (int64_t j = 0; j < block.width; ++j) {
-    const int64_t grid = block.grids.column_stride == 0 ? 0 : j;
-    const float inverse = block.inverse_diagonal[j];
-    const float alive = inverse > 0.0f ? 1.0f : 0.0f;
-    const float* scale = tile.scale[grid];
-    const float* zero_point = tile.zero_point[grid];
-    float code[kRowLanes];
-    float change[kRowLanes];
-    for (int64_t l = 0; l < kRowLanes; ++l) {
-      const float w = tile.weight[j][l];
-      code[l] = to_code(w + tile.gradient[j][l] * inverse, scale[l], zero_point[l], block.grids.max_code);
-      change[l] = (w - to_value(code[l], scale[l], zero_point[l])) * alive;
-    }
-    const float* gram = block.gram + j * block.gram_stride;
-    for (int64_t k = j + 1; k < block.width; ++k) {
-      const float h = gram[k];
-      for (int64_t l = 0; l < kRowLanes; ++l) tile.gradient[k][l] += change[l] * h;
-    }
-    for (int64_t l = 0; l < lanes; ++l) {
-      block.codes[(first + l) * block.stride + j] = static_cast<uint8_t>(code[l]);
-      block.change[(first + l) * block.width + j] = change[l];
-    }
-  }
+  const auto round = [&](int64_t j) { round_coordinate(block, j, tile); };
+  run_recurrence(block.width, block.gram, block.gram_stride, round, tile.change, tile.gradient);
+  store_tile(block, first, lanes, tile);
 }
 
 void block_row_in_order(const ComqBlock& block, int64_t row) {
@@ -64,12 +69,13 @@ void block_row_in_order(const ComqBlock& block, int64_t row) {
   float gradient[kComqMaxBlock];
   for (int64_t k = 0; k < block.width; ++k) gradient[k] = block.gradient[row * block.stride + k];
   for (int64_t t = 0; t < block.width; ++t) {
-    const int64_t j = block.order[row * block.stride + t];
+    const int64_t j = block.order[row * block.stride + t] - block.first_column;
     const int64_t grid = row * block.grids.row_stride + j * block.grids.column_stride;
     const float scale = block.grids.scale[grid];
     const float zero_point = block.grids.zero_point[grid];
     const float inverse = block.inverse_diagonal[j];
-    const float code = to_code(weight[j] + gradient[j] * inverse, scale, zero_point, block.grids.max_code);
+    const float code =
+        to_code(weight[j] + gradient[j] * inverse, scale, zero_point, block.grids.max_code);
     const float change = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;
     const float* gram = block.gram + j * block.gram_stride;
     for (int64_t k = 0; k < block.width; ++k) gradient[k] += change * gram[k];
@@ -78,21 +84,36 @@ void block_row_in_order(const ComqBlock& block, int64_t row) {
   }
 }
 
-float dot(const float* __restrict__ a, const float* __restrict__ b, int64_t length) {
-  float lanes[kComqDotLanes] = {};
-  int64_t k = 0;
-  for (; k + kComqDotLanes <= length; k += kComqDotLanes) {
-    for (int64_t l = 0; l < kComqDotLanes; ++l) lanes[l] += a[k + l] * b[k + l];
+// Adds 64 products to 64 running sums.
+inline void add_products(const float* a, const float* b, Float8 (&sums)[kDotVectors]) {
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < kDotVectors; ++v) {
+    sums[v] += TORCHQUANT_LOAD8(a + v * kFloat8) * TORCHQUANT_LOAD8(b + v * kFloat8);
   }
-  for (int64_t l = 0; k + l < length; ++l) lanes[l] += a[k + l] * b[k + l];
-  for (int64_t half = kComqDotLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
 }
 
-// Left-looking with look-ahead: while coordinate t is rounded, the product for coordinate t + 1 is summed without it and corrected
-// by one term afterwards, so nothing but `change` is written and the latency of the rounding is hidden.
+float dot(const float* a, const float* b, int64_t length) {
+  constexpr int64_t kLanes = kComqDotLanes;
+  Float8 sums[kDotVectors] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) add_products(a + k, b + k, sums);
+  if (k < length) {
+    float a_left[kLanes] = {};
+    float b_left[kLanes] = {};
+    for (int64_t l = 0; k + l < length; ++l) {
+      a_left[l] = a[k + l];
+      b_left[l] = b[k + l];
+    }
+    add_products(a_left, b_left, sums);
+  }
+  const Float8 sum =
+      ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// Left-looking with look-ahead: while coordinate t is rounded, the product for coordinate t + 1 is
+// summed without it and corrected by one term afterwards, so nothing but `change` is written and
+// the latency of the rounding is hidden.
 void greedy_row(const ComqGreedy& all, int64_t row) {
   const int64_t columns = all.columns;
   const float* weight = all.weight + row * columns;
@@ -108,15 +129,18 @@ void greedy_row(const ComqGreedy& all, int64_t row) {
     const float scale = all.grids.scale[grid];
     const float zero_point = all.grids.zero_point[grid];
     const float inverse = all.inverse_diagonal[j];
-    const float gradient = all.gradient != nullptr ? all.gradient[row * columns + j] + product : product;
-    const float code = to_code(weight[j] + gradient * inverse, scale, zero_point, all.grids.max_code);
+    const float gradient =
+        all.gradient != nullptr ? all.gradient[row * columns + j] + product : product;
+    const float code =
+        to_code(weight[j] + gradient * inverse, scale, zero_point, all.grids.max_code);
     change[j] = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;
     all.codes[row * columns + j] = static_cast<uint8_t>(code);
     if (next_gram != nullptr) product = next_product + change[j] * next_gram[j];
   }
 }
 
-// Codes change rarely after the first sweep: kLookLanes coordinates are tried at once, and only the first that changes is applied.
+// Codes change rarely after the first sweep: kLookLanes coordinates are tried at once, and only the
+// first that changes is applied.
 int64_t sweep_row(const ComqSweep& sweep, int64_t row) {
   const int64_t columns = sweep.columns;
   uint8_t* codes = sweep.codes + row * columns;
@@ -134,7 +158,8 @@ int64_t sweep_row(const ComqSweep& sweep, int64_t row) {
       const float scale = scales[j * sweep.grids.column_stride];
       const float zero_point = zero_points[j * sweep.grids.column_stride];
       before[l] = static_cast<float>(codes[j]);
-      const float best = to_value(before[l], scale, zero_point) + gradient[j] * sweep.inverse_diagonal[j];
+      const float best =
+          to_value(before[l], scale, zero_point) + gradient[j] * sweep.inverse_diagonal[j];
       const float tried = to_code(best, scale, zero_point, sweep.grids.max_code);
       code[l] = sweep.inverse_diagonal[j] > 0.0f ? tried : before[l];
     }

@@ -11,7 +11,7 @@ static_assert(kGptqMaxBlock <= WarpRow::kColumns);
 // the others: nobody reads them.
 __device__ void block_row(const GptqBlock& block, int64_t row) {
   const int width = static_cast<int>(block.width);
-  WarpRow weight, codes, errors;
+  WarpRow weight, codes, changes;
   weight.load(block.weight + row * block.stride, width);
   float objective = 0.0f;
   for (int j = 0; j < width; ++j) {
@@ -21,17 +21,17 @@ __device__ void block_row(const GptqBlock& block, int64_t row) {
     const float* factor = block.factor + j * block.factor_stride;
     const float w = weight.at(j);
     const float code = to_code(w, scale, zero_point, block.max_code);
-    const float error = (w - to_value(code, scale, zero_point)) / factor[j];
-    objective += error * error;
-    weight.add(-error, factor, width);
+    const float change = (to_value(code, scale, zero_point) - w) / factor[j];
+    objective += change * change;
+    weight.add(change, factor, width);
     codes.set(j, code);
-    errors.set(j, error);
+    changes.set(j, change);
   }
   codes.for_each_own(width, [&](int k, float code) {
     block.codes[row * block.stride + k] = static_cast<uint8_t>(code);
   });
-  errors.for_each_own(width,
-                      [&](int k, float error) { block.error[row * block.width + k] = error; });
+  changes.for_each_own(width,
+                       [&](int k, float change) { block.change[row * block.width + k] = change; });
   if (warp_lane() == 0) block.objective[row] += objective;
 }
 
