@@ -57,7 +57,9 @@ def test_from_dict_refuses_what_it_does_not_know():
         COMQ.from_dict(GPTQ().to_dict())
 
 
-@pytest.mark.parametrize("name", ["rtn", "comq", "gptq", "gptq+comq", "magr+comq", "magr+gptq+comq", "magr+rtn", "auto"])
+@pytest.mark.parametrize(
+    "name", ["rtn", "comq", "gptq", "gptq+comq", "magr+comq", "magr+gptq+comq", "magr+rtn", "auto"]
+)
 def test_method_names(name):
     assert method_name(parse_method(name)) == name
 
