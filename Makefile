@@ -39,7 +39,7 @@ lint: $(VENV)/lint.stamp
 	git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/demo.stamp build
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --write benchmarks/README.md
 
 cuda-check: $(VENV)/torch.stamp
 	.ci/cuda-check $(BIN)/python

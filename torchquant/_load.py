@@ -27,4 +27,11 @@ def load() -> None:
         raise ImportError(f"torchquant: {error}") from None
 
 
-load()
+try:
+    load()
+except ImportError as error:
+    from . import diagnose
+
+    if diagnose.is_command_line():
+        diagnose.exit_with(error)
+    raise

@@ -19,6 +19,8 @@
 #include <csrc/core/quantization.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <bit>
 #include <tuple>
 #include <vector>
 
@@ -280,19 +282,46 @@ at::Tensor column_order(const GramProblem& p, Order order) {  // int64 [B, K]
       .expand_as(p.diagonal);
 }
 
+// order[0..width-1] = first + the positions of gain in descending order, ties by position. One
+// integer key holds both: a positive float sorts like its bits.
+void sort_descending(const float* gain, int64_t first, int64_t width, uint64_t* keys,
+                     int32_t* order) {
+  for (int64_t k = 0; k < width; ++k) {
+    const uint32_t bits = std::bit_cast<uint32_t>(gain[k]);
+    keys[k] = static_cast<uint64_t>(~bits) << 32 | static_cast<uint64_t>(first + k);
+  }
+  std::sort(keys, keys + width);
+  for (int64_t k = 0; k < width; ++k) order[k] = static_cast<int32_t>(keys[k] & 0xffffffffu);
+}
+
 at::Tensor row_orders(const Rows& rows, const at::Tensor& diagonal,
                       Order order) {  // int32 [B, n, K]
   if (order != Order::greedy && order != Order::semi) return {};
   const at::Tensor gain = rows.weight.abs().mul_(diagonal.sqrt().unsqueeze(1));
-  const int64_t K = gain.size(2),
-                block = order == Order::greedy ? std::max<int64_t>(K, 1) : kComqMaxBlock;
+  const int64_t K = gain.size(2), total = gain.size(0) * gain.size(1);
+  const int64_t block = order == Order::greedy ? K : kComqMaxBlock;
   at::Tensor orders = at::empty(gain.sizes(), gain.options().dtype(at::kInt));
-  for (int64_t first = 0; first < K; first += block) {
-    const int64_t width = std::min(block, K - first);
-    const at::Tensor part = gain.narrow(2, first, width);
-    orders.narrow(2, first, width)
-        .copy_(part.argsort(/*stable=*/true, -1, /*descending=*/true).add_(first));
+  if (gain.is_cuda()) {
+    for (int64_t first = 0; first < K; first += block) {
+      const int64_t width = std::min(block, K - first);
+      const at::Tensor part = gain.narrow(2, first, width);
+      orders.narrow(2, first, width)
+          .copy_(part.argsort(/*stable=*/true, -1, /*descending=*/true).add_(first));
+    }
+    return orders;
   }
+  const float* from = gain.const_data_ptr<float>();
+  int32_t* to = orders.mutable_data_ptr<int32_t>();
+  for_each_chunk((total + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
+    std::vector<uint64_t> keys(block);
+    const int64_t end = std::min(total, (chunk + 1) * kRowsPerChunk);
+    for (int64_t row = chunk * kRowsPerChunk; row < end; ++row) {
+      for (int64_t first = 0; first < K; first += block) {
+        sort_descending(from + row * K + first, first, std::min(block, K - first), keys.data(),
+                        to + row * K + first);
+      }
+    }
+  });
   return orders;
 }
 

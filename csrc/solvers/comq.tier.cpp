@@ -9,6 +9,7 @@ static_assert(kComqMaxBlock <= kTileColumns);
 
 // Sums run in a fixed number of lanes whatever the vector width, so every tier rounds alike.
 constexpr int64_t kLookLanes = 16;  // coordinates whose codes are tried at once in comq_sweep
+constexpr int64_t kCacheLine = 16;  // floats
 constexpr int64_t kDotVectors = kComqDotLanes / kFloat8;
 
 // One block for up to kRowLanes rows, stored coordinate by coordinate with the rows side by side.
@@ -92,11 +93,15 @@ inline void add_products(const float* a, const float* b, Float8 (&sums)[kDotVect
   }
 }
 
-float dot(const float* a, const float* b, int64_t length) {
+// `ahead` is read soon after: brought into the cache on the way.
+float dot(const float* a, const float* b, int64_t length, const float* ahead) {
   constexpr int64_t kLanes = kComqDotLanes;
   Float8 sums[kDotVectors] = {};
   int64_t k = 0;
-  for (; k + kLanes <= length; k += kLanes) add_products(a + k, b + k, sums);
+  for (; k + kLanes <= length; k += kLanes) {
+    for (int64_t line = 0; line < kLanes; line += kCacheLine) __builtin_prefetch(ahead + k + line);
+    add_products(a + k, b + k, sums);
+  }
   if (k < length) {
     float a_left[kLanes] = {};
     float b_left[kLanes] = {};
@@ -124,7 +129,9 @@ void greedy_row(const ComqGreedy& all, int64_t row) {
   for (int64_t t = 0; t < columns; ++t) {
     const int64_t j = order[t];
     const float* next_gram = t + 1 < columns ? all.gram + order[t + 1] * columns : nullptr;
-    const float next_product = next_gram != nullptr ? dot(change, next_gram, columns) : 0.0f;
+    const float* after_next = t + 2 < columns ? all.gram + order[t + 2] * columns : weight;
+    const float next_product =
+        next_gram != nullptr ? dot(change, next_gram, columns, after_next) : 0.0f;
     const int64_t grid = row * all.grids.row_stride + j * all.grids.column_stride;
     const float scale = all.grids.scale[grid];
     const float zero_point = all.grids.zero_point[grid];

@@ -8,9 +8,11 @@
 #include <csrc/core/grid.cu>
 #include <csrc/solvers/comq.cu>
 #include <csrc/solvers/gptq.cu>
+#include <csrc/solvers/magr.cu>
 #include <csrc/solvers/rtn.cu>
 #include <numeric>
 #include <random>
+#include <utility>
 
 #include "cuda_on_host/cuda_runtime.h"
 
@@ -105,22 +107,25 @@ void expect_equal_to(const Result& wanted, const Solve& solve) {
 
 template <class Check>
 void for_each_problem(int64_t largest, const Check& check) {
-  for (const int64_t rows : {1, 5}) {
-    for (const int64_t columns : {1, 33, 64, 70, 127, 128, 200}) {
-      if (columns > largest) continue;
-      for (const bool per_column : {false, true}) {
-        SCOPED_TRACE("rows " + std::to_string(rows) + " columns " + std::to_string(columns));
-        check(Problem(rows, columns, per_column));
-      }
+  const std::pair<int64_t, int64_t> shapes[] = {{1, 1},  {6, 1},   {1, 33},  {5, 33}, {5, 64},
+                                                {2, 70}, {3, 127}, {5, 128}, {3, 200}};
+  for (const auto& [rows, columns] : shapes) {
+    if (columns > largest) continue;
+    for (const bool per_column : {false, true}) {
+      SCOPED_TRACE("rows " + std::to_string(rows) + " columns " + std::to_string(columns));
+      check(Problem(rows, columns, per_column));
     }
   }
 }
 
 Outcome comq_block_on(const Problem& p, bool ordered, void (*leaf)(const ComqBlock&)) {
   Outcome out{std::vector<uint8_t>(p.weight.size(), 99), Floats(p.weight.size(), 99.0f)};
+  const int64_t first_column = 7;
+  std::vector<int32_t> order = p.order;
+  for (int32_t& column : order) column += first_column;
   leaf({p.rows, p.columns, p.weight.data(), p.gradient.data(), p.columns, p.gram.data(), p.columns,
-        p.inverse.data(), ordered ? p.order.data() : nullptr, p.grids(), out.codes.data(),
-        out.change.data()});
+        p.inverse.data(), ordered ? order.data() : nullptr, first_column, p.grids(),
+        out.codes.data(), out.change.data()});
   return out;
 }
 
@@ -209,6 +214,17 @@ TEST(CudaKernels, FitGridAndEncode) {
   });
 }
 
+__global__ void diverging_kernel(const int lanes) {
+  if (warp_lane() < lanes) __syncwarp();
+}
+
+TEST(CudaOnHost, LanesThatMissEachOtherAreFound) {
+  EXPECT_NO_THROW(launch_rows("all", diverging_kernel, kWarpSize, 1, nullptr));
+  EXPECT_THROW(launch_rows("some", diverging_kernel, kWarpSize - 1, 1, nullptr), std::logic_error);
+  EXPECT_THROW(launch_rows("too much", diverging_kernel, 0, 1, nullptr, kMaxSharedBytes + 4),
+               std::runtime_error);
+}
+
 TEST(CudaKernels, AnyGridSizeCoversEveryGroup) {
   const Problem p(9, 50, false);
   const auto by_one_warp = [](const GridRows& rows) {
@@ -262,6 +278,50 @@ TEST(CudaKernels, GptqBlock) {
     expect_equal_to(solve(scalar::gptq_block), [&] {
       return solve([](const GptqBlock& block) { launch_gptq_block(block, nullptr); });
     });
+  });
+}
+
+struct MagrOutcome {
+  Floats point, offset, value, dual, clamp, inertia;
+  std::vector<int32_t> changed;
+  bool operator==(const MagrOutcome& other) const = default;
+};
+
+MagrOutcome magr_on(const Problem& p, MagrSolver solver, int64_t group_size, int iterations,
+                    void (*leaf)(const MagrRows&)) {
+  const int64_t groups = (p.columns + group_size - 1) / group_size;
+  const size_t count = p.weight.size();
+  Floats threshold(p.rows, 0.4f * group_size);
+  threshold[0] = p.rows > 1 ? 0.0f : threshold[0];
+  MagrOutcome out{p.weight,
+                  Floats(count),
+                  p.weight,
+                  Floats(count),
+                  Floats(p.rows * groups),
+                  Floats(p.rows, 1.0f),
+                  {}};
+  out.changed.assign(p.rows, 9);
+  for (int i = 0; i < iterations; ++i) {
+    for (size_t k = 0; k < count && i > 0; ++k)
+      out.point[k] += 0.1f * p.gradient[k] - 0.05f * out.offset[k];
+    leaf({solver, p.rows, p.columns, group_size, p.weight.data(), threshold.data(),
+          out.point.data(), out.offset.data(), out.value.data(), out.dual.data(), out.clamp.data(),
+          out.inertia.data(), out.changed.data()});
+  }
+  return out;
+}
+
+TEST(CudaKernels, MagrRows) {
+  for_each_problem(200, [](const Problem& p) {
+    if (p.per_column) return;  // MagR has no grid
+    for (const MagrSolver solver : {MagrSolver::ista, MagrSolver::fista, MagrSolver::admm}) {
+      for (const int64_t group_size : {int64_t{40}, p.columns}) {
+        expect_equal_to(magr_on(p, solver, group_size, 3, scalar::magr_rows), [&] {
+          return magr_on(p, solver, group_size, 3,
+                         [](const MagrRows& rows) { launch_magr_rows(rows, nullptr); });
+        });
+      }
+    }
   });
 }
 

@@ -1,0 +1,7 @@
+"""``python -m torchquant`` is the command ``torchquant``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
