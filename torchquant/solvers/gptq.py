@@ -22,9 +22,9 @@ def gptq_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round columns one after another, moving each error onto the columns behind it (arXiv 2210.17323).
 
-    With ``(H + damp * mean(diag H) I)^-1 = U^T U``: ``e = (w_j - q_j) / U_jj``, then ``w_k -= e U_jk`` for ``k > j``. Group grids are
-    fitted once, to the given weight. A Gram that is not positive definite has its damping raised tenfold up to three times; if that
-    does not help, the rows are rounded. Both are declared in ``info``, never raised.
+    With ``(H + damp * mean(diag H) I)^-1 = U^T U``: ``e = (w_j - q_j) / U_jj``, then ``w_k -= e U_jk`` for ``k > j``.
+    Group grids are fitted once, to the given weight. A Gram that is not positive definite has its damping raised
+    tenfold up to three times; if that does not help, the rows are rounded. Both are declared in ``info``, never raised.
 
     Args:
         weight: ``[N, K]`` float32, float16 or bfloat16.
@@ -38,8 +38,8 @@ def gptq_quantize(
         order: ``"natural"`` or ``"activation"`` (descending diagonal of the Gram).
 
     Returns:
-        codes uint8 ``[N, K]``, scale float32 ``[N, G]``, zero_point float32 ``[N, G]``, info int64 ``[3]`` = {status: 0 ok,
-        1 damping raised, 2 rounded; dead inputs; times damping was raised}.
+        codes uint8 ``[N, K]``, scale float32 ``[N, G]``, zero_point float32 ``[N, G]``, info int64 ``[3]`` = {status:
+        0 ok, 1 damping raised, 2 rounded; dead inputs; times damping was raised}.
 
     Raises:
         ValueError: wrong shape, device, option, or a NaN or Inf. TypeError: wrong dtype.

@@ -22,7 +22,7 @@ def rtn_quantize(
         shrink: factors on the scale; per group the one with the smallest squared weight error is kept.
 
     Returns:
-        codes uint8 ``[N, K]``, scale float32 ``[N, G]``, zero_point float32 ``[N, G]`` with ``G = ceil(K / group_size)``.
+        codes uint8 ``[N, K]``, scale float32 ``[N, G]``, zero_point float32 ``[N, G]``; ``G = ceil(K / group_size)``.
 
     Raises:
         ValueError: wrong shape, bits, group size, grid or shrink, or a NaN or Inf. TypeError: wrong dtype.
