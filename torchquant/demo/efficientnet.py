@@ -31,12 +31,18 @@ def with_plain_convolutions(model: nn.Module) -> None:
     """Its convolutions pad inside their own forward; padding and a plain ``nn.Conv2d`` compute the same."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
+            padding = module.static_padding
+            assert isinstance(padding, nn.Module)
             plain = nn.Conv2d(
-                module.in_channels, module.out_channels, module.kernel_size, tuple(module.stride),
-                groups=module.groups, bias=module.bias is not None,
-            )  # fmt: skip
+                module.in_channels,
+                module.out_channels,
+                (module.kernel_size[0], module.kernel_size[1]),
+                (module.stride[0], module.stride[1]),
+                groups=module.groups,
+                bias=module.bias is not None,
+            )
             plain.load_state_dict(module.state_dict())
-            model.set_submodule(name, nn.Sequential(module.static_padding, plain))
+            model.set_submodule(name, nn.Sequential(padding, plain))
 
 
 def crops(names: tuple[str, ...], each: int, seed: int) -> Tensor:
