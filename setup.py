@@ -1,6 +1,6 @@
 """Runs CMake. Holds no source list and no flags: those are in CMakeLists.txt.
 
-Environment: FORCE_CUDA (0 or 1), TORCH_CUDA_ARCH_LIST ("8.0;9.0"), MAX_JOBS, TORCHQUANT_CMAKE_ARGS (-D options).
+Environment: FORCE_CUDA (0 or 1), TORCH_CUDA_ARCH_LIST ("8.0;9.0"), MAX_JOBS, TORCHQUANT_CMAKE_ARGS (-D...).
 """
 
 import os
