@@ -34,13 +34,9 @@ def with_plain_convolutions(model: nn.Module) -> None:
             padding = module.static_padding
             assert isinstance(padding, nn.Module)
             plain = nn.Conv2d(
-                module.in_channels,
-                module.out_channels,
-                (module.kernel_size[0], module.kernel_size[1]),
-                (module.stride[0], module.stride[1]),
-                groups=module.groups,
-                bias=module.bias is not None,
-            )
+                module.in_channels, module.out_channels, module.kernel_size, tuple(module.stride),  # type: ignore[arg-type]
+                groups=module.groups, bias=module.bias is not None,
+            )  # fmt: skip
             plain.load_state_dict(module.state_dict())
             model.set_submodule(name, nn.Sequential(padding, plain))
 
