@@ -21,9 +21,11 @@ namespace {
 
 // float32 copies of a chunk of tokens (and of patches, twice that) stay below this.
 constexpr int64_t kChunkBytes = 32 << 20;
-// A BLAS may add the products of a small matrix one by one: three million tokens in float32 lost
-// 0.25 % of the diagonal. So tokens are summed in blocks, apart from the running total.
+// A BLAS adds the products of a small matrix to its result one by one: a million tokens in float32
+// lost 0.05 % of the diagonal, three million 0.25 % (16 columns and more: 2e-6, they are summed in
+// blocks). So small products are made in blocks of tokens, apart from the running total.
 constexpr int64_t kTokensPerSum = 4096;
+constexpr int64_t kSmallProduct = 32;
 constexpr int64_t kCrossStrip = 256;
 
 // Narrow strips waste less of the diagonal blocks, wide ones reuse x more. Measured: 96 of
@@ -40,12 +42,21 @@ void for_each_tile(const at::Tensor& tensor, int64_t count, const Task& task) {
   for (int64_t i = 0; i < count; ++i) task(i);
 }
 
+// total += left^T right
+void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tensor& right) {
+  if (std::min(left.size(1), right.size(1)) < kSmallProduct) {
+    total.add_(at::mm(left.t(), right));
+  } else {
+    total.addmm_(left.t(), right);
+  }
+}
+
 void add_strip(const at::Tensor& gram, const at::Tensor& x, int64_t first, int64_t width) {
   const int64_t rest = gram.size(1) - first;
   const at::Tensor strip = gram.narrow(0, first, width).narrow(1, first, rest);
   for (int64_t token = 0; token < x.size(0); token += kTokensPerSum) {
     const at::Tensor block = x.narrow(0, token, std::min(kTokensPerSum, x.size(0) - token));
-    strip.add_(at::mm(block.narrow(1, first, width).t(), block.narrow(1, first, rest)));
+    add_product(strip, block.narrow(1, first, width), block.narrow(1, first, rest));
   }
 }
 
@@ -60,18 +71,30 @@ void mirror_strip(const at::Tensor& gram, int64_t first, int64_t width) {
   gram.narrow(0, below, rest).narrow(1, first, width).copy_(right.t().contiguous());
 }
 
-// gram[b] += x[b]^T x[b]. Half the work by symmetry: only the upper triangle is computed (and
-// read), then mirrored.
+// Calls task(one Gram, its index, first column, width) for strips that cover [B, K, K].
+template <class Task>
+void for_each_strip(const at::Tensor& gram, const Task& task) {
+  const int64_t columns = gram.size(1), width = strip_width(columns);
+  const int64_t strips = (columns + width - 1) / width;
+  for_each_tile(gram, gram.size(0) * strips, [&](int64_t tile) {
+    const int64_t first = balanced(tile % strips, strips) * width, b = tile / strips;
+    task(gram.select(0, b), b, first, std::min(width, columns - first));
+  });
+}
+
+// gram[b] += x[b]^T x[b]. Half the work by symmetry: only the upper triangle is computed and read;
+// mirror() makes the lower one when all tokens are in.
 void accumulate_gram(const at::Tensor& gram,  // [B, K, K] contiguous, float32 | float64
                      const at::Tensor& x) {   // [B, M, K] of gram's dtype; unit stride in M or in K
-  const int64_t columns = gram.size(1), width = strip_width(columns),
-                strips = (columns + width - 1) / width;
   const at::NoTF32Guard no_tf32;
-  for_each_tile(gram, gram.size(0) * strips, [&](int64_t tile) {
-    const int64_t first = balanced(tile % strips, strips) * width;
-    const at::Tensor one = gram.select(0, tile / strips);
-    add_strip(one, x.select(0, tile / strips), first, std::min(width, columns - first));
-    mirror_strip(one, first, std::min(width, columns - first));
+  for_each_strip(gram, [&](const at::Tensor& one, int64_t b, int64_t first, int64_t width) {
+    add_strip(one, x.select(0, b), first, width);
+  });
+}
+
+void mirror(const at::Tensor& gram) {
+  for_each_strip(gram, [&](const at::Tensor& one, int64_t, int64_t first, int64_t width) {
+    mirror_strip(one, first, width);
   });
 }
 
@@ -118,6 +141,7 @@ void gram_accumulate_(const at::Tensor& gram,  // [K, K]
   for (int64_t first = 0; first < tokens.size(0); first += step) {
     accumulate_gram(total.unsqueeze(0), chunk_of(tokens, first, step, gram).unsqueeze(0));
   }
+  mirror(total.unsqueeze(0));
   if (!total.is_same(gram)) gram.copy_(total);
 }
 
@@ -145,7 +169,7 @@ void cross_gram_accumulate_(const at::Tensor& cross,  // [Kx, Ky]
     for_each_tile(total, (cross.size(0) + kCrossStrip - 1) / kCrossStrip, [&](int64_t tile) {
       const int64_t column = tile * kCrossStrip,
                     width = std::min(kCrossStrip, cross.size(0) - column);
-      total.narrow(0, column, width).add_(at::mm(left.narrow(1, column, width).t(), right));
+      add_product(total.narrow(0, column, width), left.narrow(1, column, width), right);
     });
   }
   if (!total.is_same(cross)) cross.copy_(total);
@@ -324,6 +348,7 @@ void conv_gram_accumulate_(const at::Tensor& gram,  // [groups, K, K], or [K, K]
         x.narrow(0, first, std::min(images, x.size(0) - first)).to(gram.scalar_type());
     accumulate_image(total, padded_input(part, conv), conv);
   }
+  mirror(total);
   if (!contiguous.is_same(gram)) gram.copy_(contiguous);
 }
 
