@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 import torch
 
@@ -66,8 +65,9 @@ class Contest:
     floor: Floor | None = None
     note: str = ""
     threads: int | None = None  # None: as the caller asks
-    extra: dict[str, Run] = field(default_factory=dict)  # timed along; see Peer.plus and derive
-    derive: Callable[[dict[str, float]], float] = itemgetter("ours")  # our seconds from the seconds of all, by name
+    extra: dict[str, Run] = field(default_factory=dict)  # timed along; see Peer.plus
+    times: int = 1  # our time stands for so many like it
+    own_clock: Callable[[], float] | None = None  # seconds of the last call of ours, where it measures itself
 
 
 @dataclass
@@ -117,7 +117,9 @@ def warm_up(run: Run, now: Callable[[], float]) -> tuple[int, float]:
     return max(1, min(MAX_CALLS, round(MIN_SAMPLE / max(seconds, 1e-6)))), seconds
 
 
-def interleave(runs: dict[str, Run], rounds: int, now: Callable[[], float]) -> list[dict[str, float]]:
+def interleave(
+    runs: dict[str, Run], rounds: int, now: Callable[[], float], own_clock: Callable[[], float] | None = None
+) -> list[dict[str, float]]:
     """Seconds of each by name, round by round. A long call's warm-up counts: the checks have made the same call."""
     begin = time.perf_counter()
     calls = {}
@@ -134,6 +136,8 @@ def interleave(runs: dict[str, Run], rounds: int, now: Callable[[], float]) -> l
                 for _ in range(calls[name]):
                     run()
                 row[name] = (now() - start) / calls[name]
+            if name == "ours" and own_clock:
+                row[name] = own_clock()
         if len(table) >= rounds or time.perf_counter() - begin > CASE_SECONDS:
             return table
         table.append({})
@@ -147,9 +151,9 @@ def measure(contest: Contest, rounds: int, thread_count: int) -> list[Result]:
     if contest.floor:
         runs["floor"] = contest.floor.run
     with threads(thread_count):
-        table = interleave(runs, rounds, clock(thread_count))
+        table = interleave(runs, rounds, clock(thread_count), contest.own_clock)
     for row in table:
-        row["ours"] = contest.derive(row)
+        row["ours"] *= contest.times
     alone = [summary(contest, [row["ours"] for row in table])]
     results = [compare(contest, peer, table) for peer in contest.peers] or alone
     for result in results:
