@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchquant import comq_quantize, gptq_quantize, quantization_error
+from torchquant import comq_quantize, gptq_quantize, quantization_error, rtn_quantize
 from torchquant.solvers.portfolio import portfolio_quantize
 from torchquant.statistics import gram_accumulate_
 
@@ -200,6 +200,9 @@ def auto(bits: int) -> Contest:
         for weight, gram in layers:
             portfolio_quantize(weight, gram, bits=bits)
 
+    for weight, gram in layers:
+        rounded = quantization_error(weight, gram, *rtn_quantize(weight, bits=bits))
+        check((portfolio_quantize(weight, gram, bits=bits).error <= rounded).all(), "auto: worse than rounding")
     return Contest(
         f"auto, {bits} bits, the 48 layers of DeiT-S",
         "qkv, proj, fc1, fc2",
