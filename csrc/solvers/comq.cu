@@ -82,8 +82,7 @@ __device__ void greedy_row(const ComqGreedy& all, int64_t row) {
     const float scale = all.grids.scale[grid];
     const float zero_point = all.grids.zero_point[grid];
     const float inverse = all.inverse_diagonal[j];
-    const float gradient =
-        all.gradient != nullptr ? all.gradient[row * columns + j] + product : product;
+    const float gradient = all.gradient[row * columns + j] + product;
     const float code =
         to_code(weight[j] + gradient * inverse, scale, zero_point, all.grids.max_code);
     const float step = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;

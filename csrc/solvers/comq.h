@@ -47,7 +47,7 @@ struct ComqGreedy {
   int64_t rows;
   int64_t columns;
   const float* weight;            // [rows, columns]
-  const float* gradient;          // [rows, columns] at the float weight; null = 0
+  const float* gradient;          // [rows, columns] at the float weight
   const float* gram;              // [columns, columns]
   const float* inverse_diagonal;  // [columns]
   const int32_t* order;           // [rows, columns]

@@ -117,34 +117,47 @@ float dot(const float* a, const float* b, int64_t length, const float* ahead) {
 }
 
 // Left-looking with look-ahead: while coordinate t is rounded, the product for coordinate t + 1 is
-// summed without it and corrected by one term afterwards, so nothing but `change` is written and
-// the latency of the rounding is hidden.
-void greedy_row(const ComqGreedy& all, int64_t row) {
-  const int64_t columns = all.columns;
-  const float* weight = all.weight + row * columns;
-  const int32_t* order = all.order + row * columns;
-  float* change = all.change + row * columns;
-  for (int64_t k = 0; k < columns; ++k) change[k] = 0.0f;
-  float product = 0.0f;  // sum over visited k of change_k H_jk for the current j
-  for (int64_t t = 0; t < columns; ++t) {
-    const int64_t j = order[t];
-    const float* next_gram = t + 1 < columns ? all.gram + order[t + 1] * columns : nullptr;
-    const float* after_next = t + 2 < columns ? all.gram + order[t + 2] * columns : weight;
-    const float next_product =
-        next_gram != nullptr ? dot(change, next_gram, columns, after_next) : 0.0f;
-    const int64_t grid = row * all.grids.row_stride + j * all.grids.column_stride;
-    const float scale = all.grids.scale[grid];
-    const float zero_point = all.grids.zero_point[grid];
-    const float inverse = all.inverse_diagonal[j];
-    const float gradient =
-        all.gradient != nullptr ? all.gradient[row * columns + j] + product : product;
-    const float code =
-        to_code(weight[j] + gradient * inverse, scale, zero_point, all.grids.max_code);
-    change[j] = inverse > 0.0f ? weight[j] - to_value(code, scale, zero_point) : 0.0f;
-    all.codes[row * columns + j] = static_cast<uint8_t>(code);
-    if (next_gram != nullptr) product = next_product + change[j] * next_gram[j];
+// summed without it and corrected by one term afterwards, so nothing but `change` is written.
+struct GreedyRow {
+  const ComqGreedy& all;
+  const float* weight;
+  const float* gradient;
+  const int32_t* order;
+  const float* scale;
+  const float* zero_point;
+  uint8_t* codes;
+  float* change;
+  float product = 0.0f;  // sum over visited k of change_k H_jk for the coordinate j that is next
+
+  GreedyRow(const ComqGreedy& rows, int64_t row)
+      : all(rows),
+        weight(rows.weight + row * rows.columns),
+        gradient(rows.gradient + row * rows.columns),
+        order(rows.order + row * rows.columns),
+        scale(rows.grids.scale + row * rows.grids.row_stride),
+        zero_point(rows.grids.zero_point + row * rows.grids.row_stride),
+        codes(rows.codes + row * rows.columns),
+        change(rows.change + row * rows.columns) {
+    for (int64_t k = 0; k < rows.columns; ++k) change[k] = 0.0f;
   }
-}
+
+  // Row t of the Gram in this row's order; beyond the end any memory that may be read.
+  const float* gram(int64_t t) const {
+    return all.gram + (t < all.columns ? order[t] * all.columns : 0);
+  }
+
+  void step(int64_t t) {
+    const float next_product = dot(change, gram(t + 1), all.columns, gram(t + 2));
+    const int64_t j = order[t], grid = j * all.grids.column_stride;
+    const float inverse = all.inverse_diagonal[j];
+    const float best = weight[j] + (gradient[j] + product) * inverse;
+    const float code = to_code(best, scale[grid], zero_point[grid], all.grids.max_code);
+    const float moved = weight[j] - to_value(code, scale[grid], zero_point[grid]);
+    change[j] = inverse > 0.0f ? moved : 0.0f;
+    codes[j] = static_cast<uint8_t>(code);
+    product = next_product + change[j] * gram(t + 1)[j];
+  }
+};
 
 // Codes change rarely after the first sweep: kLookLanes coordinates are tried at once, and only the
 // first that changes is applied.
@@ -197,8 +210,19 @@ void comq_block(const ComqBlock& block) {
   }
 }
 
+// Two rows in turn: the rounding of one hides behind the product of the other.
 void comq_greedy(const ComqGreedy& all) {
-  for (int64_t row = 0; row < all.rows; ++row) greedy_row(all, row);
+  int64_t row = 0;
+  for (; row + 2 <= all.rows; row += 2) {
+    GreedyRow first(all, row), second(all, row + 1);
+    for (int64_t t = 0; t < all.columns; ++t) {
+      first.step(t);
+      second.step(t);
+    }
+  }
+  if (row == all.rows) return;
+  GreedyRow last(all, row);
+  for (int64_t t = 0; t < all.columns; ++t) last.step(t);
 }
 
 void comq_sweep(const ComqSweep& sweep) {
