@@ -85,12 +85,28 @@ def test_every_method_replaces_every_layer(method):
 def test_reported_error_is_the_layer_s_output_error():
     model, xs = nn.Sequential(make(Mlp).head), rows()
     before = copy.deepcopy(model)
-    report = run(model, "W3A16g8", xs, method="comq")
+    report = run(model, "W3A16g8", xs, method="comq", ridge=0.0)
     x = torch.cat(xs)
     bias = before[0].bias
     with torch.no_grad():
         wanted = (model(x) - before(x)).norm() / (before(x) - bias).norm()
     assert report["0"].error == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_a_ridge_helps_on_data_that_calibration_did_not_show():
+    first, *unseen = rows(8)
+    seen = [first[:12]]  # fewer tokens than inputs: half of the directions are free without a ridge
+    errors = {}
+    for ridge in (0.0, 0.01):
+        model = nn.Sequential(make(Mlp).head)
+        run(model, "W2A16", seen, ridge=ridge)
+        errors[ridge] = distance(model, nn.Sequential(make(Mlp).head), unseen)
+    assert errors[0.01] < 0.9 * errors[0.0]
+
+
+def test_ridge_must_not_be_negative():
+    with pytest.raises(ValueError, match=r"quantize_: ridge must not be negative, got -1"):
+        run(make(Mlp), "W4A16", rows(), ridge=-1)
 
 
 @pytest.mark.parametrize("scheme", ["W2A16", "W3A16", "W3A16g8", "W4A16", "W3A16-sym", "W2A16g10"])
@@ -138,7 +154,7 @@ def test_quantized_inputs_beat_float_inputs_at_the_output():
     for inputs in ("float", "quantized"):
         for method in ("comq", "gptq+comq", "auto", "magr+comq"):
             model = make(Mlp)
-            report = run(model, "W2A16", xs, method=method, inputs=inputs)
+            report = run(model, "W2A16", xs, method=method, inputs=inputs, ridge=0.0)
             errors[method, inputs] = distance(model, make(Mlp), xs)
             x, bias = torch.cat(xs), make(Mlp).head.bias
             with torch.no_grad():

@@ -60,6 +60,7 @@ class Run:
     seed: int
     progress: bool
     strict: bool
+    ridge: float
 
     def open_layers(self) -> dict[str, nn.Module]:
         """The layers that are neither solved nor given up."""
@@ -93,6 +94,7 @@ def quantize_(
     checkpoint_dir: str | Path | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
+    ridge: float = 0.01,
 ) -> Report:
     """Replace the model's linear and convolution layers by low-bit ones, in place. If it raises, nothing has changed.
 
@@ -115,6 +117,8 @@ def quantize_(
         checkpoint_dir: finished layers are kept there, and a repeated call goes on where the last one was stopped.
         seed: of the calibration's random numbers (sub-sampling, shuffling loaders).
         max_tokens: use at most so many tokens a layer (convolutions: whole pictures, at least one).
+        ridge: share of its mean diagonal added to every Gram, for the solvers and for the errors reported: keeps them
+            from fitting the calibration data where it is thin. 0 trusts the data alone.
 
     Raises:
         ValueError: options that mean nothing, patterns that match nothing, calibration data without tokens or with NaN
@@ -122,7 +126,7 @@ def quantize_(
     """
     began = time.perf_counter()
     wanted, steps = Scheme.parse(scheme), parse_method(method, effort)
-    check_options(inputs, max_tokens, calib, steps)
+    check_options(inputs, max_tokens, ridge, calib, steps)
     if isinstance(calib, Statistics) and (inputs != "float" or checkpoint_dir is not None or max_tokens is not None):
         raise ValueError(
             "quantize_: collected statistics go with inputs='float' and neither checkpoint_dir nor max_tokens"
@@ -137,10 +141,11 @@ def quantize_(
         "inputs": inputs,
         "seed": seed,
         "max_tokens": max_tokens,
+        "ridge": ridge,
     }
     with calibrating(model, seed):
         checkpoint = None if isinstance(data, Statistics) else open_checkpoint(checkpoint_dir, config, model, data)
-        run = Run(model, targets, steps, checkpoint, {}, {}, max_tokens, seed, progress, strict)
+        run = Run(model, targets, steps, checkpoint, {}, {}, max_tokens, seed, progress, strict, ridge)
         for layer in skipped:
             run.skip(layer.name, layer.type, layer.status.removeprefix("skipped: "))
         run.require_all()
@@ -159,7 +164,9 @@ def quantize_(
     return report
 
 
-def check_options(inputs: str, max_tokens: int | None, calib: Any, steps: Sequence[Step]) -> None:
+def check_options(inputs: str, max_tokens: int | None, ridge: float, calib: Any, steps: Sequence[Step]) -> None:
+    if ridge < 0:
+        raise ValueError(f"quantize_: ridge must not be negative, got {ridge}")
     if inputs not in INPUTS:
         raise ValueError(f"quantize_: inputs must be one of {', '.join(INPUTS)}, got {inputs!r}")
     if max_tokens is not None and max_tokens < 1:
@@ -265,7 +272,7 @@ def solve_layer(run: Run, target: Target, stats: Stats | None) -> None:
     module, scheme = target.module, target.scheme
     matrix = layout.to_matrix(module)
     try:
-        solution = solve(matrix, stats, scheme, run.steps)
+        solution = solve(matrix, stats, scheme, run.steps, run.ridge)
     except (RuntimeError, TypeError, ValueError) as error:
         kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
         raise kind(f"quantize_: layer {target.name!r}: {error}") from error

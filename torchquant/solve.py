@@ -33,7 +33,11 @@ class Solution:
 
 @dataclass
 class Problem:
-    """``min_Q tr(Q H Q^T) - 2 tr(Q P^T)``, with P = W H unless the inputs' quantization is to be corrected too."""
+    """``min_Q tr(Q H Q^T) - 2 tr(Q P^T)``, with P = W H unless the inputs' quantization is to be corrected too.
+
+    H (and X^T X~, and so the errors reported) carries a ridge: directions that the calibration data hardly show are not
+    free. Without it the solvers fit these data and lose on others.
+    """
 
     weight: Tensor  # float32 [N, K]
     gram: Tensor  # [K, K] or [B, K, K]
@@ -42,15 +46,18 @@ class Problem:
     energy: float = 0.0  # squared float outputs, summed
 
     @classmethod
-    def of(cls, weight: Tensor, stats: Stats) -> "Problem":
-        own = times_gram(weight, stats.gram)
+    def of(cls, weight: Tensor, stats: Stats, ridge: float = 0.0) -> "Problem":
+        added = ridge * stats.gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # [] or [B]
+        gram = plus_diagonal(stats.gram, added)
+        own = times_gram(weight, gram)
         energy = float((own.double() * weight.double()).sum())
         if stats.cross is None or stats.energy is None:
-            return cls(weight, stats.gram, None, 0.0, energy)
-        linear = times_gram(weight, stats.cross)
-        floats = float(stats.energy.sum())
+            return cls(weight, gram, None, 0.0, energy)
+        linear = times_gram(weight, plus_diagonal(stats.cross, added))
+        squares = weight.double().square().view(added.numel(), -1).sum(1)  # [B]
+        floats = float(stats.energy.sum()) + float((squares * added.double()).sum())
         constant = floats - 2 * float((linear.double() * weight.double()).sum()) + energy
-        return cls(weight, stats.gram, linear, constant, floats)
+        return cls(weight, gram, linear, constant, floats)
 
     def relative_error(self, found: Candidate, group_size: int) -> float:
         """|| X W^T - X~ Q^T || / || X W^T ||; 0 for a layer whose outputs are all zero."""
@@ -60,7 +67,14 @@ class Problem:
         return (max(float(rows.double().sum()) + self.constant, 0.0) / self.energy) ** 0.5
 
 
-def solve(weight: Tensor, stats: Stats | None, scheme: Scheme, steps: Sequence[Step]) -> Solution:
+def plus_diagonal(gram: Tensor, added: Tensor) -> Tensor:
+    """``gram + added I`` as a new tensor; ``[K, K]`` and a number, or ``[B, K, K]`` and ``[B]``."""
+    result = gram.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    return result
+
+
+def solve(weight: Tensor, stats: Stats | None, scheme: Scheme, steps: Sequence[Step], ridge: float = 0.0) -> Solution:
     """Quantize ``weight`` ``[N, K]``. Without statistics only rounding is possible, and no error is known."""
     weight = weight.float().contiguous()
     if stats is None:
@@ -74,7 +88,7 @@ def solve(weight: Tensor, stats: Stats | None, scheme: Scheme, steps: Sequence[S
             shrink=shrink,
         )
         return Solution(codes, scale, zero_point)
-    problem = Problem.of(weight, stats)
+    problem = Problem.of(weight, stats, ridge)
     solution = run_auto(problem, scheme, steps[0]) if isinstance(steps[0], Auto) else run_steps(problem, scheme, steps)
     rounded = rtn_quantize(weight, bits=scheme.weight_bits, group_size=scheme.group_size, grid=scheme.grid)
     solution.error_rtn = problem.relative_error(Candidate("rtn", *rounded), scheme.group_size)
