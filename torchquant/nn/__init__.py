@@ -1,11 +1,14 @@
 """Layers that hold low-bit weights and take the place of their float counterparts."""
 
+from .attention import QAttention
 from .base import QuantizedLayer
 from .conv import QConv1d, QConv2d, QConv3d, QConvTranspose2d
 from .linear import QLinear
+from .rewrite import rewrite_attention
 from .swap import from_float, swap_modules
 
 __all__ = [
+    "QAttention",
     "QConv1d",
     "QConv2d",
     "QConv3d",
@@ -13,5 +16,6 @@ __all__ = [
     "QLinear",
     "QuantizedLayer",
     "from_float",
+    "rewrite_attention",
     "swap_modules",
 ]
