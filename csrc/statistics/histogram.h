@@ -64,7 +64,7 @@ TORCHQUANT_HOST_DEVICE BinUnit unit_of_bin(int64_t bin, int32_t mantissa) {
   const uint32_t pattern = static_cast<uint32_t>(bin) << low_bits_of(mantissa);
   const bool positive = (pattern & kFloatSign) != 0;
   const uint32_t low_mask = (1u << low_bits_of(mantissa)) - 1;
-  const uint32_t bits = (positive ? pattern ^ kFloatSign : ~pattern) & ~low_mask;
+  const uint32_t bits = (positive ? pattern : ~pattern) & ~kFloatSign & ~low_mask;
   const uint32_t exponent = bits >> kFloatMantissa;
   const uint32_t scale = exponent > 0 ? exponent : 1;  // subnormals have the exponent of the next
   const double unit =
