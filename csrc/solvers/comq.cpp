@@ -28,8 +28,12 @@ namespace {
 
 using comq::Options, comq::Order, comq::Rows, comq::Solution;
 
-// Rows per task: a multiple of comq_block's row lanes; keeps G of a chunk in L2.
-constexpr int64_t kRowsPerChunk = 96;
+// Rows per task, a multiple of comq_block's row lanes: more of them make the products faster, fewer
+// leave a layer with few rows enough tasks for every core.
+constexpr int64_t kRowsPerTask = 96;
+constexpr int64_t kRowsPerLargeTask = 192;
+constexpr int64_t kManyRows = 1536;
+constexpr int64_t kRowsPerSort = 64;
 constexpr double kDefaultShrink[] = {1.0, 0.9, 0.8, 0.65, 0.5};
 
 Order parse_order(const char* op, std::string_view order) {
@@ -79,10 +83,10 @@ at::Tensor row_orders(const Rows& rows, const at::Tensor& diagonal,
   }
   const float* from = gain.const_data_ptr<float>();
   int32_t* to = orders.mutable_data_ptr<int32_t>();
-  for_each_chunk((total + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
+  for_each_chunk((total + kRowsPerSort - 1) / kRowsPerSort, [&](int64_t chunk) {
     std::vector<uint64_t> keys(block);
-    const int64_t end = std::min(total, (chunk + 1) * kRowsPerChunk);
-    for (int64_t row = chunk * kRowsPerChunk; row < end; ++row) {
+    const int64_t end = std::min(total, (chunk + 1) * kRowsPerSort);
+    for (int64_t row = chunk * kRowsPerSort; row < end; ++row) {
       for (int64_t first = 0; first < K; first += block) {
         sort_descending(from + row * K + first, first, std::min(block, K - first), keys.data(),
                         to + row * K + first);
@@ -94,7 +98,8 @@ at::Tensor row_orders(const Rows& rows, const at::Tensor& diagonal,
 
 // Cuts the layer into tasks, each solved on one thread; `all` receives the result.
 void solve_in_parts(const Rows& rows, const Options& options, Solution& all) {
-  for_each_part(rows.weight, kRowsPerChunk, [&](const Part& part) {
+  const int64_t per_task = rows.weight.size(1) < kManyRows ? kRowsPerTask : kRowsPerLargeTask;
+  for_each_part(rows.weight, per_task, [&](const Part& part) {
     const Rows some{part.rows(rows.weight),   part.rows(rows.linear),
                     part.problems(rows.gram), part.problems(rows.inverse_diagonal),
                     part.rows(rows.order),    rows.group_columns};
