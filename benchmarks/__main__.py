@@ -12,7 +12,7 @@ import torch
 from . import report
 from .bench_solvers import CASES, contests
 from .harness import Result, machine, measure
-from .layers import SHAPES, Shape
+from .layers import Shape
 
 
 def parse_shape(text: str) -> Shape:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     print(*(f"{name}: {value}" for name, value in facts.items()), report.HEADER, sep="\n", flush=True)
     results: list[Result] = []
     for name in options.case or CASES:
-        for contest in contests(name, options.shape or SHAPES):
+        for contest in contests(name, options.shape):
             for result in measure(contest, options.rounds, options.threads):
                 results.append(result)
                 print(report.line(result), flush=True)

@@ -10,9 +10,10 @@ from torchquant.solvers.portfolio import portfolio_quantize
 from torchquant.statistics import gram_accumulate_
 
 from . import peers
+from .bench_activations import ACTIVATIONS, histogram
 from .bench_magr import magr, prox
 from .harness import Contest, Floor, Peer, check, read_run
-from .layers import LARGE, Layer, Shape, label, layer_of, make_weight, product_floor, some_rows
+from .layers import LARGE, SHAPES, Layer, Shape, label, layer_of, make_weight, product_floor, some_rows
 
 BITS = 4
 SHRINK = (1.0, 0.9, 0.8, 0.65, 0.5)
@@ -214,8 +215,8 @@ def auto(bits: int) -> Contest:
     )
 
 
-# Name of a case -> from a shape, or for auto from a width.
-CASES: dict[str, Callable[[Shape], Contest] | Callable[[int], Contest]] = {
+# Name of a case -> from a shape, or for auto from a width; some make several contests on the same data.
+CASES: dict[str, Callable[[Shape], Contest | Iterator[Contest]] | Callable[[int], Contest]] = {
     "gram": gram,
     "comq": comq,
     "greedy": greedy,
@@ -223,11 +224,14 @@ CASES: dict[str, Callable[[Shape], Contest] | Callable[[int], Contest]] = {
     "gptq": gptq,
     "magr": magr,
     "prox": prox,
+    "histogram": histogram,
     "auto": auto,
 }
+OWN_SHAPES: dict[str, Sequence[Shape]] = {"histogram": ACTIVATIONS}  # of cases that have no layer
 
 
-def contests(case: str, shapes: Sequence[Shape]) -> Iterator[Contest]:
-    """Made one after another, so that only one holds its buffers."""
-    for argument in AUTO_BITS if case == "auto" else shapes:
-        yield CASES[case](argument)  # type: ignore[arg-type]
+def contests(case: str, shapes: Sequence[Shape] | None) -> Iterator[Contest]:
+    """Made one after another, so that only one holds its buffers. Without shapes, those of the table."""
+    for argument in AUTO_BITS if case == "auto" else shapes or OWN_SHAPES.get(case, SHAPES):
+        made = CASES[case](argument)  # type: ignore[arg-type]
+        yield from [made] if isinstance(made, Contest) else made
