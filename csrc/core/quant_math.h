@@ -37,6 +37,12 @@ TORCHQUANT_HOST_DEVICE float round_to_integer(float x) {
   return (x + kMagic) - kMagic;
 }
 
+// The same for |x| <= 2^51.
+TORCHQUANT_HOST_DEVICE double round_to_integer(double x) {
+  const double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  return (x + kMagic) - kMagic;
+}
+
 TORCHQUANT_HOST_DEVICE float to_code(float value, float scale, float zero_point, float max_code) {
   float x = value / scale + zero_point;
   x = x > 0.0f ? x : 0.0f;
