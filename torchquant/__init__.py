@@ -14,7 +14,18 @@ from .memory import estimate_memory
 from .quantize import collect_statistics, quantize_
 from .quantizers import dynamic_quantize, uniform_dequantize, uniform_fit, uniform_quantize
 from .report import LayerReport, Report
-from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, quantization_error, rtn_quantize
+from .solvers import (
+    comq_quantize,
+    dequantize,
+    flips_quantize,
+    flips_quantize_with_bias,
+    gptq_quantize,
+    magr_preprocess,
+    quantization_error,
+    ridge_choose,
+    ridge_update,
+    rtn_quantize,
+)
 from .statistics import (
     conv_gram_accumulate_,
     cross_gram_accumulate_,
@@ -43,6 +54,8 @@ __all__ = [
     "dynamic_quantize",
     "estimate_memory",
     "exact_quantile",
+    "flips_quantize",
+    "flips_quantize_with_bias",
     "formats",
     "gptq_quantize",
     "gram_accumulate_",
@@ -56,6 +69,8 @@ __all__ = [
     "quantization_error",
     "quantize_",
     "quantizers",
+    "ridge_choose",
+    "ridge_update",
     "rtn_quantize",
     "save",
     "solvers",

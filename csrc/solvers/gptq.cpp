@@ -3,19 +3,14 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/eye.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
-#include <ATen/ops/linalg_solve_triangular.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
+#include <csrc/core/damped_factor.h>
 #include <csrc/core/device.h>
 #include <csrc/core/gram_problem.h>
 #include <csrc/core/permute.h>
@@ -32,75 +27,7 @@ namespace torchquant {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 96;  // rows per task: a multiple of gptq_block's row lanes
-constexpr int kDampingSteps =
-    3;  // how often damping is raised tenfold before rounding is all that is left
-constexpr double kFirstDamping = 1e-3;  // where the ladder starts when none was asked for
-constexpr int64_t kSmallInverse = 96;   // columns up to which a triangular solve is as fast
 constexpr double kDefaultShrink[] = {1.0, 0.9, 0.8, 0.65, 0.5};
-
-struct Factor {
-  at::Tensor
-      upper;  // [B, K, K] U with (H + damping I)^-1 = U^T U; the identity where nothing helped
-  at::Tensor damping;  // [B, 1, 1] added to the diagonal
-  int64_t raised = 0;
-  bool failed = false;
-};
-
-// The inverse of upper triangular matrices [B, K, K] by halves: two products where a triangular
-// solve against the identity takes twice the operations at half the rate.
-at::Tensor inverse_of_upper(const at::Tensor& upper) {
-  const int64_t K = upper.size(1), half = K / 2;
-  if (K <= kSmallInverse) {
-    const at::Tensor identity = at::eye(K, upper.options()).expand_as(upper);
-    return at::linalg_solve_triangular(upper, identity, /*upper=*/true);
-  }
-  const auto part = [&](const at::Tensor& x, int64_t row, int64_t column) {
-    return x.narrow(1, row, row == 0 ? half : K - half)
-        .narrow(2, column, column == 0 ? half : K - half);
-  };
-  const at::Tensor first = inverse_of_upper(part(upper, 0, 0));
-  const at::Tensor last = inverse_of_upper(part(upper, half, half));
-  at::Tensor inverse = at::zeros(upper.sizes(), upper.options());
-  part(inverse, 0, 0).copy_(first);
-  part(inverse, half, half).copy_(last);
-  part(inverse, 0, half).copy_(at::bmm(first, at::bmm(part(upper, 0, half), last)).neg_());
-  return inverse;
-}
-
-// With the order of the columns reversed, H + damping I = R R^T for an upper triangular R, so
-// U = R^-1: one factorization and one inverse, where the textbook inverts H and factors the
-// inverse, which fails sooner. Returns U and where it failed [B, 1, 1].
-std::tuple<at::Tensor, at::Tensor> inverse_factor(const at::Tensor& gram,
-                                                  const at::Tensor& damping) {
-  at::Tensor reversed = gram.flip({1, 2});
-  reversed.diagonal(0, 1, 2).add_(damping.squeeze(2));
-  const auto [lower, info] = at::linalg_cholesky_ex(reversed);
-  const at::Tensor upper = inverse_of_upper(lower.flip({1, 2}));
-  const at::Tensor finite = upper.sum({1, 2}, true).isfinite();
-  return {upper, info.ne(0).view({-1, 1, 1}).logical_or(finite.logical_not())};
-}
-
-// Raises the damping of those Grams that are not positive definite, in float32, until they are.
-Factor factorize(const at::Tensor& gram, double damp) {
-  const at::Tensor mean = gram.diagonal(0, 1, 2).mean(-1).view({-1, 1, 1});
-  const at::Tensor unit =
-      at::where(mean.gt(0), mean, at::ones_like(mean));  // an all-zero Gram: plain rounding
-  Factor f{{}, at::where(mean.gt(0), unit * damp, unit), 0, false};
-  at::Tensor failed;
-  std::tie(f.upper, failed) = inverse_factor(gram, f.damping);
-  for (; f.raised < kDampingSteps && failed.any().item<bool>(); ++f.raised) {
-    const at::Tensor more = at::maximum(f.damping * 10, unit * kFirstDamping);
-    f.damping = at::where(failed, more, f.damping);
-    const auto [upper, still] = inverse_factor(gram, f.damping);
-    f.upper = at::where(failed, upper, f.upper);
-    failed = failed.logical_and(still);
-  }
-  f.failed = failed.any().item<bool>();
-  if (f.failed) {
-    f.upper = at::where(failed, at::eye(gram.size(1), gram.options()), f.upper);
-  }
-  return f;
-}
 
 struct Rows {
   at::Tensor weight;    // [B, n, K], columns in visiting order
@@ -201,10 +128,7 @@ std::pair<int64_t, int64_t> solve_problem(const GramProblem& p, int64_t group_si
                 G = q.scale.size(1);
   const at::Tensor permutation = visiting_order(p, by_activation);
   const at::Tensor gram = by_activation ? permute_gram(p.gram, permutation) : p.gram;
-  Factor factor;
-  const auto factor_gram = [&] { factor = factorize(gram, damp); };
-  p.weight.is_cuda() ? factor_gram() : run_on_one_thread(factor_gram);
-
+  const DampedFactor factor = damped_factor(gram, damp);
   const Rows rows{permute_columns(p.weight, permutation),
                   factor.upper.contiguous(),
                   factor.damping,
@@ -226,7 +150,7 @@ std::pair<int64_t, int64_t> solve_problem(const GramProblem& p, int64_t group_si
     part.rows(all.scale).copy_(s.scale);
   });
   q.codes = permute_columns(all.codes, permutation.argsort(-1, false)).view({B * n, K});
-  return {factor.failed ? 2 : factor.raised > 0 ? 1 : 0, factor.raised};
+  return {factor.status(), factor.raised};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gptq_quantize(

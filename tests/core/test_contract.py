@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchquant import solvers as operators
 
-GRAM_SOLVERS = ("comq_quantize", "gptq_quantize")
+GRAM_SOLVERS = ("comq_quantize", "gptq_quantize", "flips_quantize")
 SOLVERS = ("rtn_quantize", *GRAM_SOLVERS)
 
 
@@ -57,7 +57,7 @@ def test_one_row_one_column_one_weight(place, solver):
     "options", [{}, {"group_size": 8}, {"grid": "midrise"}, {"order": "activation"}, {"order": "greedy"}]
 )
 def test_dead_channels_are_rounded_on_the_final_scale(place, solver, options):
-    if options.get("order") == ("greedy" if solver == "gptq_quantize" else "activation"):
+    if options.get("order") == ("activation" if solver == "comq_quantize" else "greedy"):
         options = {}
     layer = LAYERS["dead"](12, 40)
     weight, gram = layer.weight.to(place), layer.gram.to(place)
@@ -226,5 +226,5 @@ def test_info_and_empty_inputs(place, solver):
     for rows, columns in ((0, 8), (4, 0), (0, 0)):
         codes, scale, zero_point, *info = solve(solver, torch.zeros(rows, columns, device=place))
         assert codes.shape == (rows, columns) and scale.shape == zero_point.shape == (rows, 1)
-        assert all(i.dtype == torch.int64 and i.shape == (3,) for i in info)
+        assert all(i.dtype == torch.int64 and i.shape == (4 if solver == "flips_quantize" else 3,) for i in info)
         assert scale.isfinite().all() and zero_point.isfinite().all()
