@@ -1,3 +1,14 @@
+from .subset import (
+    SubsetChoice,
+    choose_subset,
+    subset_dequantize,
+    subset_fit_scale,
+    subset_quantize,
+    subset_select,
+    subset_select_kmeans,
+    subset_universe,
+    uniform_levels,
+)
 from .sulq import (
     LogQuantizer,
     choose_log_quantizer,
@@ -12,8 +23,16 @@ from .uniform import dynamic_quantize, uniform_dequantize, uniform_fit, uniform_
 
 __all__ = [
     "LogQuantizer",
+    "SubsetChoice",
     "choose_log_quantizer",
+    "choose_subset",
     "dynamic_quantize",
+    "subset_dequantize",
+    "subset_fit_scale",
+    "subset_quantize",
+    "subset_select",
+    "subset_select_kmeans",
+    "subset_universe",
     "sulq_dequantize",
     "sulq_error",
     "sulq_fit",
@@ -22,5 +41,6 @@ __all__ = [
     "sulq_shift_matmul",
     "uniform_dequantize",
     "uniform_fit",
+    "uniform_levels",
     "uniform_quantize",
 ]
