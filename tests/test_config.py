@@ -1,6 +1,6 @@
 import pytest
 
-from torchquant.config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, method_name, parse_method
+from torchquant.config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme, method_name, parse_method
 
 
 @pytest.mark.parametrize(
@@ -10,6 +10,8 @@ from torchquant.config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, method_name, 
         ("w3a16g128", Scheme(3, group_size=128)),
         ("W2A16g64-sym", Scheme(2, group_size=64, symmetric=True)),
         ("W8A16-sym", Scheme(8, symmetric=True)),
+        ("W4A4", Scheme(4, 4)),
+        ("w3a8g32", Scheme(3, 8, 32)),
     ],
 )
 def test_scheme_parses_and_prints_back(text, scheme):
@@ -27,7 +29,8 @@ def test_scheme_that_is_no_scheme(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("W4A8", "weights only, activation_bits must be 16 .* got 8"),
+        ("W4A9", r"activation_bits must be 2..8, or 16 \(activations stay float\), got 9"),
+        ("W4A1", "activation_bits must be 2..8, or 16 .* got 1"),
         ("W1A16", "weight_bits must be 2..8, got 1"),
         ("W9A16", "weight_bits must be 2..8, got 9"),
     ],
@@ -37,7 +40,15 @@ def test_scheme_out_of_range(text, message):
         Scheme.parse(text)
 
 
-CONFIGS = [Scheme(3, group_size=32), RTN(), MagR(alpha=1e-4), COMQ(sweeps=2, shrink=(1.0, 0.8)), GPTQ(), Auto("high")]
+CONFIGS = [
+    Scheme(3, group_size=32),
+    RTN(),
+    MagR(alpha=1e-4),
+    COMQ(sweeps=2, shrink=(1.0, 0.8)),
+    GPTQ(),
+    Auto("high"),
+    Activations(range="percentile"),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
@@ -88,5 +99,15 @@ def test_wrong_values():
         COMQ(order="random")
     with pytest.raises(ValueError, match="COMQ: grid must be one of asymmetric"):
         COMQ(grid="log")
+    with pytest.raises(
+        ValueError, match="Activations: range must be one of minmax, percentile, mse, entropy, got 'max'"
+    ):
+        Activations(range="max")
+    with pytest.raises(ValueError, match=r"Activations: percentile must be in \(0.5, 1\], got 0.1"):
+        Activations(percentile=0.1)
+    with pytest.raises(ValueError, match="Activations: softmax must be one of auto, sulq, .* got 'log'"):
+        Activations(softmax="log")
+    with pytest.raises(ValueError, match="granularity 'token' has no ranges before run time; it needs dynamic=True"):
+        Activations(granularity="token")
     with pytest.raises(ValueError, match="MagR: alpha must be positive, got 0"):
         MagR(alpha=0)

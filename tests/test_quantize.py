@@ -9,7 +9,7 @@ from torch import nn
 
 import torchquant
 from torchquant import checkpoint as checkpoints
-from torchquant import quantize
+from torchquant import steps
 from torchquant.config import COMQ, GPTQ, RTN, Auto, MagR, Scheme
 from torchquant.nn import QConv1d, QConv2d, QConvTranspose2d, QLinear, QuantizedLayer
 from torchquant.quantize import quantize_
@@ -188,7 +188,7 @@ def test_step_lists_and_overrides():
 
 
 def test_grid_after_magr_is_midrise_at_low_bits_unless_told_otherwise():
-    for scheme, steps, half in [
+    for scheme, method, half in [
         ("W2A16", [MagR(), COMQ()], True),
         ("W4A16", [MagR(), COMQ()], False),
         ("W3A16-sym", [MagR(), COMQ()], False),
@@ -197,9 +197,9 @@ def test_grid_after_magr_is_midrise_at_low_bits_unless_told_otherwise():
         ("W4A16", [RTN(grid="midrise")], True),
     ]:
         model = make(Mlp)
-        run(model, scheme, rows(), method=steps)
+        run(model, scheme, rows(), method=method)
         zero = model.head.weight_zero_point
-        assert bool((zero % 1 == 0.5).all()) == half, (scheme, steps)
+        assert bool((zero % 1 == 0.5).all()) == half, (scheme, method)
 
 
 def test_ignore_and_class_names():
@@ -385,7 +385,7 @@ def assert_unchanged(model, message, error=ValueError, **options):
         ({"calib": 5}, "calib: expected a DataLoader"),
         ({"inputs": "both"}, "inputs must be one of float, quantized, got 'both'"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"scheme": "W4A8"}, "this version quantizes weights only"),
+        ({"scheme": "W4A8", "method": "rtn"}, "activations \\(W4A8\\) need calibration data, got none"),
         ({"method": "awq"}, "unknown step 'awq'"),
         ({"method": "rtn", "ignore": ["tail"]}, "ignore: 'tail' matches no layer; .* layers: blocks.0.0, blocks.1.0"),
         ({"method": "rtn", "overrides": {"re:x.*": "W4A16"}}, "overrides: 're:x.*' matches no layer"),
@@ -409,7 +409,7 @@ def test_root_layer_nothing_to_do_and_meta():
 @pytest.mark.parametrize("inputs", ["float", "quantized"])
 def test_a_failure_half_way_changes_nothing(monkeypatch, inputs):
     calls = []
-    solve = quantize.solve
+    solve = steps.solve
 
     def failing(*arguments):
         calls.append(1)
@@ -417,7 +417,7 @@ def test_a_failure_half_way_changes_nothing(monkeypatch, inputs):
             raise RuntimeError("out of luck")
         return solve(*arguments)
 
-    monkeypatch.setattr(quantize, "solve", failing)
+    monkeypatch.setattr(steps, "solve", failing)
     options = {"calib": rows(), "inputs": inputs, "method": "comq", "error": RuntimeError}
     assert_unchanged(make(Mlp), "layer 'blocks.2.0': out of luck", **options)
 
@@ -442,7 +442,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, inputs):
     whole = make(Mlp)
     run(whole, "W3A16", rows(), inputs=inputs)
     solved = []
-    solve_layer = quantize.solve_layer
+    solve_layer = steps.solve_layer
 
     def counting(run_, target, stats):
         if len(solved) == 2:
@@ -451,13 +451,13 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, inputs):
         solved.append(target.name)
 
     options = {"inputs": inputs, "checkpoint_dir": tmp_path / "run"}
-    monkeypatch.setattr(quantize, "solve_layer", counting)
+    monkeypatch.setattr(steps, "solve_layer", counting)
     model = make(Mlp)
     with pytest.raises(Stop):
         run(model, "W3A16", rows(), **options)
     assert solved == ["blocks.0.0", "blocks.1.0"]
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
-    monkeypatch.setattr(quantize, "solve_layer", lambda r, t, s: (solve_layer(r, t, s), solved.append(t.name)))
+    monkeypatch.setattr(steps, "solve_layer", lambda r, t, s: (solve_layer(r, t, s), solved.append(t.name)))
     report = run(model, "W3A16", rows(), **options)
     assert solved == ["blocks.0.0", "blocks.1.0", "blocks.2.0", "head"]
     assert [layer.name for layer in report.layers] == solved

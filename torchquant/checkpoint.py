@@ -69,7 +69,8 @@ class Checkpoint:
         return self.folder / f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
 
     def save(self, layer: LayerReport, solution: Solution) -> None:
-        tensors = {key: getattr(solution, key).contiguous() for key in ("codes", "scale", "zero_point")}
+        tensors = {key: getattr(solution, key) for key in ("codes", "scale", "zero_point", "bias")}
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items() if tensor is not None}
         metadata = {"layer": json.dumps(asdict(layer)), "largest": json.dumps(solution.largest)}
         write_atomically(
             self.path(layer.name), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata)

@@ -31,6 +31,8 @@ class Stats:
     calls: int = 0
     cross: Tensor | None = None  # X^T X~ of float and quantized inputs, shaped as the Gram
     energy: Tensor | None = None  # [N] squared float outputs, sum over tokens; only together with cross
+    sums: Tensor | None = None  # [2, K] or [2, B, K] float64, of float and quantized inputs: for a bias that may change
+    mean_energy: float = 0.0  # squared float outputs that centring the inputs took away
 
 
 @dataclass
@@ -236,9 +238,13 @@ class PairHooks:
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], quantized: Mapping[nn.Module, nn.Module], sampler: Sampler
+        self,
+        layers: Mapping[str, nn.Module],
+        quantized: Mapping[nn.Module, nn.Module],
+        sampler: Sampler,
+        quantizers: Mapping[str, nn.Module],
     ) -> None:
-        self.layers, self.quantized, self.sampler = layers, quantized, sampler
+        self.layers, self.quantized, self.sampler, self.quantizers = layers, quantized, sampler, quantizers
         self.kept: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.stats: dict[str, Stats] = {}
         self.float_pass = False
@@ -265,11 +271,34 @@ class PairHooks:
                 f"calibration: layer {name!r} sees other tokens in the quantized than in the float model (the model "
                 "itself is not called, or it routes tokens); use inputs='float'"
             )
-        stats = self.stats.setdefault(name, Stats(layout.new_gram(module, x.device)))
-        rows = [self.sampler(name, module, t, stats.tokens, stats.calls) for t in (before, x)]
-        add_input(name, module, stats, rows[1])
-        add_pair(module, stats, *rows)
-        stats.calls += 1
+        add_rows(self.stats, self.sampler, self.quantizers, name, module, before, x)
+
+
+def add_rows(
+    found: dict[str, Stats],
+    sampler: Sampler,
+    quantizers: Mapping[str, nn.Module],
+    name: str,
+    module: nn.Module,
+    before: Tensor,
+    x: Tensor,
+) -> None:
+    """One call of a layer. ``before``: its input in the float model; ``x``: now, before its quantizer if it has one."""
+    stats = found.setdefault(name, Stats(layout.new_gram(module, x.device)))
+    before, x = (sampler(name, module, t, stats.tokens, stats.calls) for t in (before, x))
+    if name in quantizers:
+        x = quantizers[name](x)
+        add_sums(module, stats, before, x)
+    add_input(name, module, stats, x)
+    add_pair(module, stats, before, x)
+    stats.calls += 1
+
+
+def add_sums(module: nn.Module, stats: Stats, before: Tensor, x: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    columns = torch.stack([layout.unfold(module, t).double().sum(-2) for t in (before, x)])
+    stats.sums = columns if stats.sums is None else stats.sums + columns
 
 
 def add_pair(module: nn.Module, stats: Stats, before: Tensor, x: Tensor) -> None:
@@ -301,9 +330,13 @@ def collect_pairs(
     *,
     max_tokens: int | None,
     seed: int,
+    quantizers: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Stats]:
-    """Statistics of one stage's layers, with everything in ``quantized`` (float -> quantized layer) swapped in."""
-    hooks = PairHooks(layers, quantized, Sampler(max_tokens, len(data), seed))
+    """Statistics of one stage's layers, with everything in ``quantized`` (float -> quantized module) swapped in.
+
+    ``quantizers``: of the inputs of these layers, by name.
+    """
+    hooks = PairHooks(layers, quantized, Sampler(max_tokens, len(data), seed), quantizers or {})
     with swapped(model, quantized), hooked(layers, hooks.hook):
         handle = model.register_forward_pre_hook(hooks.before_model, with_kwargs=True)
         try:
@@ -311,6 +344,28 @@ def collect_pairs(
         finally:
             handle.remove()
     return {name: stats for name, stats in hooks.stats.items() if stats.tokens > 0}
+
+
+def collect_own(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    quantizers: Mapping[str, nn.Module],
+    data: Calibration,
+    *,
+    max_tokens: int | None,
+    seed: int,
+) -> dict[str, Stats]:
+    """One pass of the float model: each layer's inputs before and after its own quantizer, and no other error."""
+    sampler = Sampler(max_tokens, len(data), seed)
+    found: dict[str, Stats] = {}
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(name, args, kwargs)
+        add_rows(found, sampler, quantizers, name, module, x, x)
+
+    with hooked(layers, hook):
+        data.run(model)
+    return {name: stats for name, stats in found.items() if stats.tokens > 0}
 
 
 def stages(model: nn.Module, order: Sequence[str]) -> list[list[str]]:

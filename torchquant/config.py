@@ -1,4 +1,5 @@
-"""What to quantize to (``Scheme``) and how (``RTN``, ``MagR``, ``COMQ``, ``GPTQ``, ``Auto``): plain frozen values."""
+"""What to quantize to (``Scheme``, ``Activations``) and how (``RTN``, ``MagR``, ``COMQ``, ``GPTQ``, ``Auto``): plain
+frozen values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,9 @@ from typing import Any, ClassVar
 VERSION = 1  # of the dictionaries written by to_dict
 EFFORTS = ("fast", "standard", "high")
 GRIDS = ("asymmetric", "symmetric", "midrise")
+RANGES = ("minmax", "percentile", "mse", "entropy")
+SOFTMAX = ("auto", "sulq", "log2", "log_sqrt2", "uniform")
+GRANULARITIES = ("tensor", "channel", "token")
 _SCHEME = re.compile(r"W(\d+)A(\d+)(?:g(\d+))?(-sym)?", re.IGNORECASE)
 
 
@@ -43,11 +47,11 @@ class _Versioned:
 
 @dataclass(frozen=True)
 class Scheme(_Versioned):
-    """Bits and grid of a layer, written ``W<bits>A<bits>[g<group size>][-sym]``: ``W4A16``, ``W3A16g128-sym``.
+    """Bits and grid of a layer, written ``W<bits>A<bits>[g<group size>][-sym]``: ``W4A8``, ``W3A16g128-sym``.
 
     Args:
         weight_bits: 2..8.
-        activation_bits: 16, activations stay in floating point.
+        activation_bits: 2..8, or 16: activations stay in floating point.
         group_size: input columns that share one scale; 0 = the whole row.
         symmetric: zero point in the middle of the codes instead of one per row or group.
     """
@@ -60,9 +64,8 @@ class Scheme(_Versioned):
     def __post_init__(self) -> None:
         _require(2 <= self.weight_bits <= 8, f"Scheme: weight_bits must be 2..8, got {self.weight_bits}")
         _require(
-            self.activation_bits == 16,
-            "Scheme: this version quantizes weights only, activation_bits must be 16 (A16: activations stay float), "
-            f"got {self.activation_bits}",
+            2 <= self.activation_bits <= 8 or self.activation_bits == 16,
+            f"Scheme: activation_bits must be 2..8, or 16 (activations stay float), got {self.activation_bits}",
         )
         _require(self.group_size >= 0, f"Scheme: group_size must be 0 (whole row) or positive, got {self.group_size}")
 
@@ -86,6 +89,40 @@ class Scheme(_Versioned):
     @property
     def grid(self) -> str:
         return "symmetric" if self.symmetric else "asymmetric"
+
+
+@dataclass(frozen=True)
+class Activations(_Versioned):
+    """How activations are quantized, where the scheme's ``activation_bits`` are less than 16.
+
+    Args:
+        range: how a static range is chosen from the calibration's histogram: "minmax", "percentile", "mse" (least
+            squared error) or "entropy".
+        percentile: of range="percentile": the share of values that is not cut off at each end.
+        softmax: quantizer of the softmax's output: "sulq", "log2", "log_sqrt2", "uniform", or "auto": the one with the
+            least squared error, per attention module.
+        reparameterize: quantize the outputs of LayerNorms per channel and move the differences of the scales into the
+            LayerNorm and the layers that follow, where these alone receive them.
+        dynamic: take ranges from each input at run time (softmax outputs excepted).
+        granularity: what has a range of its own: "tensor", "channel", or, with ``dynamic``, "token".
+        symmetric: zero point in the middle of the codes.
+    """
+
+    range: str = "mse"
+    percentile: float = 0.9999
+    softmax: str = "auto"
+    reparameterize: bool = True
+    dynamic: bool = False
+    granularity: str = "tensor"
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("Activations", "range", self.range, RANGES)
+        _require(0.5 < self.percentile <= 1, f"Activations: percentile must be in (0.5, 1], got {self.percentile}")
+        _one_of("Activations", "softmax", self.softmax, SOFTMAX)
+        _one_of("Activations", "granularity", self.granularity, GRANULARITIES)
+        per_token = self.granularity == "token" and not self.dynamic
+        _require(not per_token, "Activations: granularity 'token' has no ranges before run time; it needs dynamic=True")
 
 
 class Step(_Versioned):

@@ -6,22 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from .calibrate import Calibration, calibrating, logger
 from .checkpoint import Checkpoint, weights_fingerprint
-from .collect import Observed, Stats, collect_grams, collect_pairs, observing, stages
-from .config import RTN, Scheme, Step, method_name, parse_method
-from .memory import estimate, quantized_bytes
-from .nn import from_float, layout, swap_modules
-from .report import LayerReport, Report
-from .selection import Target, select, skipped_report
-from .solve import Solution, solve
+from .collect import Observed, Stats, collect_grams, observing, stages
+from .config import RTN, Activations, Scheme, Step, method_name, parse_method
+from .memory import estimate
+from .nn import layout
+from .report import Report
+from .selection import select
+from .steps import (
+    Run,
+    choose_quantizers,
+    collect_inputs,
+    collect_stage,
+    correct_weights,
+    explain_missing,
+    finish,
+    observe,
+    preparing,
+    reparameterize_layernorms,
+    replacement,
+    rewrite_attention,
+    solve_layers,
+    solve_weights,
+    swap_in,
+)
 
 INPUTS = ("float", "quantized")
-BINS = 64  # of the weight histograms in Report.details
 
 
 @dataclass(frozen=True)
@@ -46,39 +59,6 @@ def collect_statistics(
         )
 
 
-@dataclass
-class Run:
-    """What one call of quantize_ has so far."""
-
-    model: nn.Module
-    targets: dict[str, Target]
-    steps: tuple[Step, ...]
-    checkpoint: Checkpoint | None
-    layers: dict[str, LayerReport]
-    solutions: dict[str, Solution]
-    max_tokens: int | None
-    seed: int
-    progress: bool
-    strict: bool
-    ridge: float
-
-    def open_layers(self) -> dict[str, nn.Module]:
-        """The layers that are neither solved nor given up."""
-        return {name: t.module for name, t in self.targets.items() if name not in self.layers}
-
-    def skip(self, name: str, class_name: str, reason: str) -> None:
-        self.layers[name] = skipped_report(name, class_name, reason)
-        logger.warning("%s is left in floating point: %s", name, reason)
-
-    def require_all(self) -> None:
-        """Under strict, an error as soon as it is known which layers would stay: before anything costly."""
-        left = [
-            f"{name} ({layer.status.removeprefix('skipped: ')})" for name, layer in self.layers.items() if layer.skipped
-        ]
-        if self.strict and left:
-            raise ValueError(f"quantize_: strict: {len(left)} would stay in floating point: {'; '.join(left)}")
-
-
 def quantize_(
     model: nn.Module,
     scheme: str | Scheme,
@@ -89,6 +69,8 @@ def quantize_(
     overrides: Mapping[str, str | Scheme | None] | None = None,
     ignore: Sequence[str] = (),
     inputs: str = "float",
+    activations: Activations | None = None,
+    first_last_bits: int | None = 8,
     strict: bool = False,
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
@@ -100,10 +82,13 @@ def quantize_(
 
     Replaced: Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d, and Hugging Face's Conv1D. Embeddings and norms stay.
     Layers that cannot be replaced (tied weights, used through F.linear, never reached) are named in the report.
+    With ``activation_bits`` below 16 the inputs of these layers are quantized too, and in attention q, k, v and the
+    softmax's output (:func:`torchquant.nn.rewrite_attention` says which classes); LayerNorms are reparameterized. The
+    weights are then solved for the quantized inputs, with the float layers' outputs as the target.
 
     Args:
         model: any module. It is run in evaluation mode; its mode and the global random state are put back.
-        scheme: ``"W4A16"``, ``"W3A16g128"``, ``"W4A16g64-sym"`` ... or a Scheme.
+        scheme: ``"W4A16"``, ``"W4A4"``, ``"W3A16g128"``, ``"W4A16g64-sym"`` ... or a Scheme.
         calib: calibration data (see :mod:`torchquant.calibrate`) or the result of :func:`collect_statistics`; only
             ``method="rtn"`` goes without.
         method: ``"auto"``, ``"rtn"``, ``"comq"``, ``"gptq"``, ``"gptq+comq"``, ``"magr+comq"`` or a list of steps.
@@ -112,6 +97,9 @@ def quantize_(
         ignore: names, ``re:`` patterns or class names to leave as they are.
         inputs: ``"float"``: one pass, every layer sees what it sees in the float model. ``"quantized"``: block by
             block, and the solvers also correct the error of the blocks before; needs two passes a block.
+        activations: how activations are quantized (:class:`Activations`), where ``activation_bits`` is below 16.
+        first_last_bits: then the least number of bits, of weights and inputs, in the layers that run first and last
+            (unless an override names them); None: no exception.
         strict: raise instead of leaving a layer in floating point.
         progress: show progress bars.
         checkpoint_dir: finished layers are kept there, and a repeated call goes on where the last one was stopped.
@@ -126,26 +114,30 @@ def quantize_(
     """
     began = time.perf_counter()
     wanted, steps = Scheme.parse(scheme), parse_method(method, effort)
+    schemes = [wanted, *(Scheme.parse(value) for value in (overrides or {}).values() if value is not None)]
+    quantizes_activations = any(s.activation_bits < 16 for s in schemes)
     check_options(inputs, max_tokens, ridge, calib, steps)
     if isinstance(calib, Statistics) and (inputs != "float" or checkpoint_dir is not None or max_tokens is not None):
         raise ValueError(
             "quantize_: collected statistics go with inputs='float' and neither checkpoint_dir nor max_tokens"
         )
+    if quantizes_activations:
+        check_activations(calib, wanted)
+        prepared = preparing(
+            model, calib, wanted, activations=activations, method=steps, overrides=overrides, ignore=ignore,
+            first_last_bits=first_last_bits, strict=strict, progress=progress, seed=seed, max_tokens=max_tokens,
+            ridge=ridge,
+        )  # fmt: skip
+        with prepared as run:
+            quantize_activations_and_weights(run, inputs, checkpoint_dir)
+        return run.report
     targets, skipped = select(model, wanted, overrides or {}, ignore)
     data = calib if calib is None or isinstance(calib, Statistics) else Calibration(calib, progress=progress)
     logger.info("memory: %s", estimate(targets))
-    config = {
-        "scheme": str(wanted),
-        "method": [step.to_dict() for step in steps],
-        "layers": {name: str(target.scheme) for name, target in targets.items()},
-        "inputs": inputs,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "ridge": ridge,
-    }
     with calibrating(model, seed):
-        checkpoint = None if isinstance(data, Statistics) else open_checkpoint(checkpoint_dir, config, model, data)
-        run = Run(model, targets, steps, checkpoint, {}, {}, max_tokens, seed, progress, strict, ridge)
+        run = Run(model, targets, steps, None, {}, {}, max_tokens, seed, progress, strict, ridge, wanted)
+        if not isinstance(data, Statistics):
+            run.checkpoint = open_checkpoint(checkpoint_dir, fingerprint(run, inputs), model, data)
         for layer in skipped:
             run.skip(layer.name, layer.type, layer.status.removeprefix("skipped: "))
         run.require_all()
@@ -173,6 +165,50 @@ def check_options(inputs: str, max_tokens: int | None, ridge: float, calib: Any,
         raise ValueError(f"quantize_: max_tokens must be at least 1, got {max_tokens}")
     if calib is None and not (len(steps) == 1 and isinstance(steps[0], RTN)):
         raise ValueError(f"quantize_: method {method_name(steps)!r} needs calibration data; only 'rtn' goes without")
+
+
+def check_activations(calib: Any, scheme: Scheme) -> None:
+    if calib is None or isinstance(calib, Statistics):
+        got = "none" if calib is None else "collected statistics"
+        raise ValueError(f"quantize_: activations ({scheme}) need calibration data, got {got}")
+
+
+def quantize_activations_and_weights(run: Run, inputs: str, checkpoint_dir: str | Path | None) -> None:
+    """The steps of ``quantize_`` where activations are quantized too."""
+    rewrite_attention(run)
+    logger.info("memory: %s", estimate(run.targets))
+    run.checkpoint = open_checkpoint(checkpoint_dir, fingerprint(run, inputs), run.model, run.data)
+    observe(run)
+    choose_quantizers(run)
+    reparameterize_layernorms(run)
+    restore(run)
+    if inputs == "float":
+        collect_inputs(run)
+        correct_weights(run)
+        solve_weights(run)
+        return
+    quantized = run.point_quantizers()
+    for stage in stages(run.model, [name for name in run.observed.order if name in run.targets]):
+        collect_stage(run, stage, quantized)
+        correct_weights(run)
+        solve_weights(run)
+        quantized |= {run.targets[name].module: replacement(run, name) for name in stage if name in run.solutions}
+
+
+def fingerprint(run: Run, inputs: str) -> dict[str, Any]:
+    """What the results of a run depend on, besides the weights and the data."""
+    own = {
+        "scheme": str(run.scheme),
+        "method": [step.to_dict() for step in run.steps],
+        "layers": {name: str(target.scheme) for name, target in run.targets.items()},
+        "inputs": inputs,
+        "seed": run.seed,
+        "max_tokens": run.max_tokens,
+        "ridge": run.ridge,
+    }
+    if run.sites:
+        own |= {"activations": run.activations.to_dict(), "first_last_bits": run.first_last_bits}
+    return own
 
 
 def open_checkpoint(
@@ -210,6 +246,7 @@ def quantize_from_quantized_inputs(run: Run, data: Calibration) -> None:
     if not run.open_layers():
         return
     data.keep()
+    run.data = data
     everything = {name: target.module for name, target in run.targets.items()}
     with observing(run.model, everything) as seen:
         data.run(run.model)
@@ -218,10 +255,8 @@ def quantize_from_quantized_inputs(run: Run, data: Calibration) -> None:
     for stage in stages(run.model, [name for name in seen.order if name not in seen.foreign]):
         layers = {name: run.targets[name].module for name in stage if name not in run.layers}
         if layers:
-            stats = collect_pairs(run.model, layers, quantized, data, max_tokens=run.max_tokens, seed=run.seed)
-            for name in layers.keys() - stats.keys():
-                run.skip(name, type(layers[name]).__name__, "it received no tokens")
-            solve_layers(run, [name for name in layers if name in stats], stats)
+            collect_stage(run, list(layers), quantized)
+            solve_weights(run)
         quantized |= {run.targets[n].module: replacement(run, n) for n in stage if n in run.solutions}
 
 
@@ -232,109 +267,3 @@ def skip_foreign(run: Run) -> None:
             kind = type(module).__name__
             run.skip(name, kind, f"{kind} has a forward() of its own; pass calibration data to have it checked")
     run.require_all()
-
-
-def explain_missing(run: Run, seen: Observed, reached: Any) -> None:
-    """Give up, by name and with the reason, what calibration did not reach."""
-    layers = run.open_layers()
-    if layers and not run.solutions and not any(name in reached for name in layers):
-        raise ValueError("quantize_: calibration reached no layer with a single token: is calib empty?")
-    for name, module in layers.items():
-        kind = type(module).__name__
-        if name in seen.foreign:
-            run.skip(name, kind, f"{kind}.forward() computes something else than the class it derives from")
-        elif name not in reached and f"{name}.weight" in seen.parameters and name not in seen.order:
-            run.skip(name, kind, "its weight is used through F.linear, not by calling the layer")
-        elif name not in reached:
-            run.skip(name, kind, "calibration never reached it")
-    report_loose_parameters(run, seen)
-    run.require_all()
-
-
-def report_loose_parameters(run: Run, seen: Observed) -> None:
-    """Parameters that are used as a weight and belong to no layer, tied to none, and to no attention module."""
-    owners = [module for module in run.model.modules() if layout.is_quantizable(module)]
-    owners += [module for module in run.model.modules() if isinstance(module, nn.MultiheadAttention)]
-    spoken_for = {p.untyped_storage().data_ptr() for module in owners for p in module.parameters()}
-    for name in sorted(seen.parameters):
-        if run.model.get_parameter(name).untyped_storage().data_ptr() not in spoken_for:
-            run.skip(name, "Parameter", "it is used through F.linear, not by a layer")
-
-
-def solve_layers(run: Run, names: Any, stats: Mapping[str, Stats]) -> None:
-    stats = dict(stats)
-    for name in tqdm(list(names), desc=method_name(run.steps), disable=not run.progress, leave=False):
-        solve_layer(run, run.targets[name], stats.pop(name, None))  # popped: a Gram goes as soon as it is not needed
-
-
-def solve_layer(run: Run, target: Target, stats: Stats | None) -> None:
-    began = time.perf_counter()
-    module, scheme = target.module, target.scheme
-    matrix = layout.to_matrix(module)
-    try:
-        solution = solve(matrix, stats, scheme, run.steps, run.ridge)
-    except (RuntimeError, TypeError, ValueError) as error:
-        kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
-        raise kind(f"quantize_: layer {target.name!r}: {error}") from error
-    layer = LayerReport(
-        name=target.name,
-        type=type(module).__name__,
-        method=method_name(run.steps),
-        scheme=str(scheme),
-        bits=scheme.weight_bits,
-        group_size=scheme.group_size,
-        shape=(matrix.shape[0], matrix.shape[1]),
-        error_rtn=solution.error_rtn,
-        error=solution.error,
-        dead_channels=solution.dead_channels,
-        damping=solution.damping,
-        tokens=0 if stats is None else stats.tokens,
-        status=solution.status,
-        seconds=time.perf_counter() - began,
-        bytes_before=matrix.numel() * matrix.element_size(),
-        bytes_after=quantized_bytes(tuple(matrix.shape), scheme),
-        winners=solution.winners,
-    )
-    logger.info("%s: error %.4g (rounding %.4g), %.2f s", layer.name, layer.error, layer.error_rtn, layer.seconds)
-    if run.checkpoint is not None:
-        run.checkpoint.save(layer, solution)
-    run.layers[target.name], run.solutions[target.name] = layer, solution
-
-
-def replacement(run: Run, name: str) -> nn.Module:
-    target, found = run.targets[name], run.solutions[name]
-    device = target.module.weight.device  # type: ignore[union-attr]
-    codes, scale, zero_point = (t.to(device) for t in (found.codes, found.scale, found.zero_point))  # type: ignore[arg-type]
-    return from_float(target.module, codes, scale, zero_point, target.scheme.weight_bits, target.scheme.group_size)
-
-
-def swap_in(run: Run) -> None:
-    """The only change of the model: all new layers are made before the first one is put in."""
-    swap_modules(run.model, {run.targets[name].module: replacement(run, name) for name in run.solutions})
-
-
-def finish(run: Run, scheme: Scheme, began: float) -> Report:
-    order = {name: i for i, (name, _) in enumerate(run.model.named_modules())}
-    layers = sorted(run.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
-    details = {
-        "histograms": {name: histogram(run.targets[name], found) for name, found in run.solutions.items()},
-        "magr": {name: list(found.largest) for name, found in run.solutions.items() if found.largest},
-    }
-    seconds = time.perf_counter() - began
-    solving = sum(layer.seconds for layer in layers)
-    logger.info("%d layers quantized in %.1f s, of which solving %.1f s", len(run.solutions), seconds, solving)
-    return Report(layers, seconds, str(scheme), method_name(run.steps), run.seed, details)
-
-
-def histogram(target: Target, found: Solution) -> dict[str, Any]:
-    """Of the float weights in units of their own grid: code k lies at k, whatever the row's scale."""
-    levels = 2**target.scheme.weight_bits
-    weight: Tensor = layout.to_matrix(target.module).float()
-    group = target.scheme.group_size or weight.shape[1]
-    scale, zero_point = (
-        t.to(weight.device).repeat_interleave(group, dim=1)[:, : weight.shape[1]]
-        for t in (found.scale, found.zero_point)
-    )
-    low, high = -1.0, float(levels)
-    position = (weight / scale + zero_point).clamp(low, high)
-    return {"low": low, "high": high, "levels": levels, "counts": torch.histc(position, BINS, low, high).int().tolist()}

@@ -45,6 +45,19 @@ class LayerReport:
 
 
 @dataclass
+class ActivationReport:
+    """One quantized activation. The error is ``|| x~ - x || / || x ||`` on the calibration data."""
+
+    name: str  # of the layer whose input it is, or of the attention's operand
+    kind: str  # "input", "query", "key", "value" or "softmax"
+    quantizer: str
+    bits: int
+    low: float = float("nan")  # lowest and highest value of the quantizer; unknown where it adapts to each input
+    high: float = float("nan")
+    error: float = float("nan")
+
+
+@dataclass
 class Table:
     """A further table of the page: rows of text, and what a reader must know of them."""
 
@@ -69,12 +82,23 @@ class Chart:
 
 
 @dataclass
+class Pictures:
+    """Pictures side by side: ``[H, W]`` or ``[H, W, 3]`` in 0..1, a row each picture, a column each version."""
+
+    title: str
+    about: str
+    columns: list[str]
+    rows: dict[str, list[Any]]
+
+
+@dataclass
 class Report:
     """The layers of one run, in the order of the model's modules.
 
     ``details`` holds what is only drawn: ``"histograms"``, layer -> ``{"low", "high", "levels", "counts"}`` (float
     weights in units of their row's grid, where code k lies at k), and ``"magr"``, layer -> mean over rows of max
-    ``|w|``, before and after MagR.
+    ``|w|``, before and after MagR. Where activations are quantized, also what :mod:`torchquant.views` measures:
+    ``"activations"``, ``"attention"`` and ``"sensitivity"``.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -83,6 +107,14 @@ class Report:
     method: str = ""
     seed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    activations: list[ActivationReport] = field(default_factory=list)
+
+    def activation(self, name: str) -> ActivationReport:
+        """Of a layer's input, or of an attention's operand."""
+        for found in self.activations:
+            if found.name == name:
+                return found
+        raise KeyError(f"report: no quantized activation named {name!r}")
 
     def __getitem__(self, name: str) -> LayerReport:
         for layer in self.layers:
@@ -113,7 +145,17 @@ class Report:
             figures = [f"{layer.error_rtn:.4f}", f"{layer.error:.4f}", f"{layer.ratio:.3f}", kilobytes]
             head = [layer.name, layer.type, layer.scheme, layer.method]
             rows.append([*head, *figures, f"{layer.seconds:.2f}", layer.status])
-        return "\n".join([*aligned(rows, text_columns=(0, 1, 2, 3, 9)), self.summary()])
+        return "\n".join([*aligned(rows, text_columns=(0, 1, 2, 3, 9)), *self.activation_lines(), self.summary()])
+
+    def activation_lines(self) -> list[str]:
+        """The table of quantized activations; nothing where there are none."""
+        if not self.activations:
+            return []
+        rows = [["activation", "kind", "quantizer", "bits", "low", "high", "error"]]
+        for found in self.activations:
+            figures = [f"{value:.4f}" for value in (found.low, found.high, found.error)]
+            rows.append([found.name, found.kind, found.quantizer, str(found.bits), *figures])
+        return ["", *aligned(rows, text_columns=(0, 1, 2)), ""]
 
     def summary(self) -> str:
         """The last line of the table: what a reader must not miss."""
@@ -130,7 +172,8 @@ class Report:
         layers = [{**layer, "shape": tuple(layer["shape"])} for layer in values["layers"]]
         for layer in layers:
             layer.update({key: float("nan") for key in ("error_rtn", "error") if layer[key] is None})
-        return cls(**{**values, "layers": [LayerReport(**layer) for layer in layers]})
+        activations = [ActivationReport(**known(found)) for found in values.get("activations", ())]
+        return cls(**{**values, "layers": [LayerReport(**layer) for layer in layers], "activations": activations})
 
     def to_json(self, path: str | Path) -> None:
         write_atomically(path, as_json(self.to_dict()))
@@ -146,6 +189,11 @@ class Report:
     def to_html(self, path: str | Path) -> None:
         """One file without outside resources. Needs the extra ``report``: jinja2 and matplotlib."""
         write_html(path, {"": self})
+
+
+def known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's null is NaN."""
+    return {key: float("nan") if value is None else value for key, value in values.items()}
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -203,8 +251,9 @@ def write_html(
     title: str = "Quantization report",
     tables: Sequence[Table] = (),
     charts: Sequence[Chart] = (),
+    pictures: Sequence[Pictures] = (),
 ) -> None:
-    """One page of several reports (heading -> report), with further tables and charts before them."""
+    """One page of several reports (heading -> report), with further tables, charts and pictures before them."""
     try:
         import jinja2
 
@@ -219,6 +268,7 @@ def write_html(
     )
     drawn = {heading: plots.figures_of(report) for heading, report in reports.items()}
     page = environment.from_string(source).render(
-        title=title, reports=reports, tables=tables, charts=plots.quality(charts), drawn=drawn, isnan=math.isnan
-    )
+        title=title, reports=reports, tables=tables, drawn=drawn, isnan=math.isnan,
+        charts=[*plots.quality(charts), *map(plots.pictures, pictures)],
+    )  # fmt: skip
     write_atomically(path, page)

@@ -1,7 +1,7 @@
 """Which layers of a model are quantized, to what, and why others are not."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from .config import Scheme
 from .nn import layout
+from .nn.rewrite import is_attention
 from .report import LayerReport
 
 
@@ -19,6 +20,7 @@ class Target:
     name: str
     module: nn.Module
     scheme: Scheme
+    explicit: bool = False  # the user gave this layer a scheme of its own
 
 
 class Patterns:
@@ -52,12 +54,31 @@ def require_used(option: str, unused: Iterable[str], layers: Sequence[str]) -> N
         )
 
 
-def select(
+def select_attention(
     model: nn.Module, scheme: Scheme, overrides: Mapping[str, "str | Scheme | None"], ignore: Sequence[str]
+) -> tuple[dict[str, Scheme | None], set[str]]:
+    """Every attention module's scheme, None for what is to be left alone; and the patterns that named one."""
+    schemes = {pattern: None if value is None else Scheme.parse(value) for pattern, value in overrides.items()}
+    chosen, ignored = Patterns("overrides", schemes), Patterns("ignore", ignore)
+    found: dict[str, Scheme | None] = {}
+    for names, module in modules_with_names(model):
+        if is_attention(module):
+            left, pattern = ignored.find(names, module) is not None, chosen.find(names, module)
+            wanted = scheme if pattern is None else schemes[pattern]
+            found[names[0]] = None if left or wanted is None or wanted.activation_bits == 16 else wanted
+    return found, chosen.used | ignored.used
+
+
+def select(
+    model: nn.Module,
+    scheme: Scheme,
+    overrides: Mapping[str, "str | Scheme | None"],
+    ignore: Sequence[str],
+    used: Collection[str] = (),
 ) -> tuple[dict[str, Target], list[LayerReport]]:
     """The layers to quantize by name, and those that cannot be, each with its reason.
 
-    A layer that the user ignores, or overrides with None, is in neither.
+    A layer that the user ignores, or overrides with None, is in neither. ``used``: patterns that named other modules.
     """
     if isinstance(ignore, str):
         raise ValueError(f"quantize_: ignore must be a sequence of patterns, got the string {ignore!r}")
@@ -81,11 +102,11 @@ def select(
             continue
         reason = why_not(names, module, owners)
         if reason is None:
-            targets[names[0]] = Target(names[0], module, wanted)
+            targets[names[0]] = Target(names[0], module, wanted, pattern is not None)
         else:
             skipped.append(skipped_report(names[0], type(module).__name__, reason))
-    require_used("overrides", [p for p in schemes if p not in chosen.used | left_alone.used], layers)
-    require_used("ignore", [p for p in ignore if p not in ignored.used], layers)
+    require_used("overrides", [p for p in schemes if p not in {*chosen.used, *left_alone.used, *used}], layers)
+    require_used("ignore", [p for p in ignore if p not in {*ignored.used, *used}], layers)
     if not targets and not skipped:
         raise ValueError(f"quantize_: {type(model).__name__} has no layer to quantize ({len(layers)} ignored)")
     return targets, skipped

@@ -1,18 +1,19 @@
 """One layer: run the steps of a method on its weight and statistics, and say how well that went."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .collect import Stats
 from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, Step, method_name
-from .solvers import comq_quantize, gptq_quantize, magr_preprocess, rtn_quantize
+from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, rtn_quantize
 from .solvers.portfolio import Candidate, portfolio_quantize, row_objective, times_gram
 
 STATUS = ("ok", "damped", "rounded")  # by the operators' info[0]
 NAN = float("nan")
+CONSTANT = 1e-6  # share of a channel's energy around its mean below which it counts as constant
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Solution:
     error: float = NAN
     winners: dict[str, int] = field(default_factory=dict)
     largest: tuple[float, float] | None = None  # mean over rows of max |w|, before and after MagR
+    bias: Tensor | None = None  # [N], in place of the float layer's; None = as it was
 
 
 @dataclass
@@ -46,7 +48,11 @@ class Problem:
     energy: float = 0.0  # squared float outputs, summed
 
     @classmethod
-    def of(cls, weight: Tensor, stats: Stats, ridge: float = 0.0) -> "Problem":
+    def of(cls, weight: Tensor, stats: Stats, ridge: float = 0.0, *, original: Tensor | None = None) -> "Problem":
+        """``original``: the weight that gives the float outputs, where ``weight`` is another one to start from.
+
+        With ``stats.sums`` of a layer whose bias may change (see ``centred``) the problem is that of the best bias.
+        """
         added = ridge * stats.gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # [] or [B]
         gram = plus_diagonal(stats.gram, added)
         own = times_gram(weight, gram)
@@ -54,10 +60,12 @@ class Problem:
         if stats.cross is None or stats.energy is None:
             return cls(weight, gram, None, 0.0, energy)
         linear = times_gram(weight, plus_diagonal(stats.cross, added))
+        if original is not None:
+            linear = linear + times_gram(original - weight, stats.cross)
         squares = weight.double().square().view(added.numel(), -1).sum(1)  # [B]
         floats = float(stats.energy.sum()) + float((squares * added.double()).sum())
         constant = floats - 2 * float((linear.double() * weight.double()).sum()) + energy
-        return cls(weight, gram, linear, constant, floats)
+        return cls(weight, gram, linear, constant, floats + stats.mean_energy)
 
     def relative_error(self, found: Candidate, group_size: int) -> float:
         """|| X W^T - X~ Q^T || / || X W^T ||; 0 for a layer whose outputs are all zero."""
@@ -74,8 +82,68 @@ def plus_diagonal(gram: Tensor, added: Tensor) -> Tensor:
     return result
 
 
-def solve(weight: Tensor, stats: Stats | None, scheme: Scheme, steps: Sequence[Step], ridge: float = 0.0) -> Solution:
-    """Quantize ``weight`` ``[N, K]``. Without statistics only rounding is possible, and no error is known."""
+def centred(stats: Stats, weight: Tensor) -> Stats:
+    """The same tokens around their means: the errors that the best bias leaves.
+
+    ``weight``: the one that gives the float outputs.
+    """
+    assert stats.sums is not None and stats.cross is not None and stats.energy is not None
+    count = float(max(stats.tokens, 1))
+    before, after = stats.sums  # [K] or [B, K], float64
+    gram = stats.gram - (after[..., :, None] * after[..., None, :] / count).to(stats.gram.dtype)
+    cross = stats.cross - (before[..., :, None] * after[..., None, :] / count).to(stats.gram.dtype)
+    # A constant input: what is left is rounding of the sums.
+    constant = gram.diagonal(dim1=-2, dim2=-1) <= CONSTANT * stats.gram.diagonal(dim1=-2, dim2=-1)
+    gram = gram.masked_fill(constant[..., :, None] | constant[..., None, :], 0.0)
+    cross = cross.masked_fill(constant[..., None, :], 0.0)
+    of_means = per_block(weight.double(), before).square() / count  # [N]
+    energy = (stats.energy - of_means).clamp(min=0.0)
+    return replace(stats, gram=gram, cross=cross, energy=energy, sums=None, mean_energy=float(of_means.sum()))
+
+
+def per_block(weight: Tensor, vector: Tensor) -> Tensor:
+    """``weight @ vector``; with ``[B, K]`` each block of N / B rows meets its own."""
+    if vector.dim() == 1:
+        return weight @ vector
+    return (weight.view(vector.shape[0], -1, weight.shape[1]) @ vector[:, :, None]).flatten()
+
+
+def best_bias(bias: Tensor, original: Tensor, weight: Tensor, stats: Stats) -> Tensor:
+    """The bias with which ``weight``, on the quantized inputs, has the float layer's mean output."""
+    assert stats.sums is not None
+    before, after = stats.sums / float(max(stats.tokens, 1))
+    change = per_block(original.double(), before) - per_block(weight.double(), after)
+    return (bias.double() + change).to(bias.dtype)
+
+
+def correct(weight: Tensor, bias: Tensor | None, stats: Stats, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """Float weight and bias that answer for the quantization of the inputs (the first half of ERQ, 2407.06794).
+
+    ``min || X W^T - X~ V^T - 1 b ||^2 + ridge mean(diag H) || V - W ||^2``, in closed form from the Grams.
+    """
+    weight = weight.float().contiguous()
+    if stats.cross is None:
+        return weight, bias
+    free = bias is not None and stats.sums is not None
+    problem = Problem.of(weight, centred(stats, weight) if free else stats)
+    changed = corrected(problem, ridge)
+    return changed, best_bias(bias, weight, changed, stats) if free else bias  # type: ignore[arg-type]
+
+
+def solve(
+    weight: Tensor,
+    stats: Stats | None,
+    scheme: Scheme,
+    steps: Sequence[Step],
+    ridge: float = 0.0,
+    original: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Solution:
+    """Quantize ``weight`` ``[N, K]``. Without statistics only rounding is possible, and no error is known.
+
+    ``original``: the weight whose outputs are the target, where ``weight`` was corrected for its quantized inputs.
+    ``bias``: of the original layer; with quantized inputs the solution has a new one.
+    """
     weight = weight.float().contiguous()
     if stats is None:
         step = steps[-1]
@@ -88,12 +156,17 @@ def solve(weight: Tensor, stats: Stats | None, scheme: Scheme, steps: Sequence[S
             shrink=shrink,
         )
         return Solution(codes, scale, zero_point)
-    problem = Problem.of(weight, stats, ridge)
+    target = weight if original is None else original.float().contiguous()
+    free = bias is not None and stats.sums is not None
+    problem = Problem.of(weight, centred(stats, target) if free else stats, ridge, original=original)
     solution = run_auto(problem, scheme, steps[0]) if isinstance(steps[0], Auto) else run_steps(problem, scheme, steps)
-    rounded = rtn_quantize(weight, bits=scheme.weight_bits, group_size=scheme.group_size, grid=scheme.grid)
+    rounded = rtn_quantize(target, bits=scheme.weight_bits, group_size=scheme.group_size, grid=scheme.grid)
     solution.error_rtn = problem.relative_error(Candidate("rtn", *rounded), scheme.group_size)
     found = Candidate("result", solution.codes, solution.scale, solution.zero_point)
     solution.error = problem.relative_error(found, scheme.group_size)
+    if free:
+        values = dequantize(found.codes, found.scale, found.zero_point, group_size=scheme.group_size)
+        solution.bias = best_bias(bias, target, values, stats)  # type: ignore[arg-type]
     solution.dead_channels = int((stats.gram.diagonal(dim1=-2, dim2=-1) == 0).sum())
     return solution
 

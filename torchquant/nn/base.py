@@ -1,6 +1,7 @@
 """What every quantized layer holds, and how its weight comes back as numbers. Which product follows, subclasses say."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ class QuantizedLayer(nn.Module):
 
     ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, ``weight_scale`` and ``weight_zero_point`` float32 ``[N, G]``,
     ``weight_shape`` int64 (the float weight's shape), ``bias``. Scale and zero point stay float32 under ``.to(dtype)``:
-    rounded to half they would no longer be the ones that the codes were solved for.
+    rounded to half they would no longer be the ones that the codes were solved for. ``input_quantizer``, when there is
+    one, comes before the product.
     """
 
     weight_packed: Tensor
@@ -32,6 +34,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_zero_point", torch.zeros(rows, groups, dtype=torch.float32))
         self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64))
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.input_quantizer: Any = None  # or an ActivationQuantizer
         # Empty: it follows .to(dtype), and so remembers which dtype `weight` is expected in.
         self.register_buffer("float_like", torch.zeros(0), persistent=False)
 
@@ -45,6 +48,11 @@ class QuantizedLayer(nn.Module):
         self.float_like = weight.new_empty(0)
         self.bias = bias.detach().clone() if isinstance(bias, Tensor) else None
         self.train(module.training)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return x
 
     def matrix(self) -> Tensor:
         """The weight as ``[N, K]`` float32."""

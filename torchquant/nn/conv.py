@@ -67,6 +67,9 @@ class _QConv(QuantizedLayer):
             return F.pad(x, self.prepad, mode=self.prepad_mode)
         return x
 
+    def padded(self, x: Tensor) -> Tensor:
+        return self.pad(self.quantized_input(x))
+
     def conv_weight(self) -> Tensor:
         return self.matrix().view(self.shape)
 
@@ -87,7 +90,7 @@ class QConv1d(_QConv):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv_weight().to(x.dtype)
-        return F.conv1d(self.pad(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
+        return F.conv1d(self.padded(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
 
 
 class QConv2d(_QConv):
@@ -95,7 +98,7 @@ class QConv2d(_QConv):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv_weight().to(x.dtype)
-        return F.conv2d(self.pad(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(self.padded(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
 
 
 class QConv3d(_QConv):
@@ -103,7 +106,7 @@ class QConv3d(_QConv):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv_weight().to(x.dtype)
-        return F.conv3d(self.pad(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
+        return F.conv3d(self.padded(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
 
 
 class QConvTranspose2d(_QConv):
@@ -118,5 +121,12 @@ class QConvTranspose2d(_QConv):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.transposed_weight().to(x.dtype), self.bias_for(x)
         return F.conv_transpose2d(
-            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            self.quantized_input(x),
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
         )

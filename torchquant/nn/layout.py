@@ -91,6 +91,11 @@ def geometry(module: nn.Module) -> ConvGeometry | None:
     return ConvGeometry(stride, tuple(module.padding), dilation, module.groups)
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Where the channels of the layer's input lie, counted from the end."""
+    return -len(module.kernel_size) - 1 if isinstance(module, CONVS) else -1
+
+
 def groups_of(module: nn.Module) -> int:
     return int(module.groups) if isinstance(module, CONVS) else 1  # type: ignore[arg-type]
 
@@ -126,6 +131,16 @@ def to_matrix(module: nn.Module) -> Tensor:
     if isinstance(module, nn.ConvTranspose2d):
         return transposed_to_matrix(weight, module.groups)
     return weight.reshape(weight.shape[0], -1)
+
+
+def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of to_matrix: a weight of ``module``'s shape and dtype."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if is_hf_conv1d(module):
+        return matrix.t().contiguous().to(weight.dtype)
+    if isinstance(module, nn.ConvTranspose2d):
+        return transposed_from_matrix(matrix, list(weight.shape), module.groups).to(weight.dtype)
+    return matrix.view(weight.shape).to(weight.dtype)
 
 
 def transposed_to_matrix(weight: Tensor, groups: int) -> Tensor:

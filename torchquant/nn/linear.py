@@ -34,6 +34,7 @@ class QLinear(QuantizedLayer):
         return cls(columns, rows, bits=bits, group_size=group_size, bias=module.bias is not None)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.quantized_input(x)
         return F.linear(x, self.matrix().to(x.dtype), self.bias_for(x))
 
     def dequantized_weight(self) -> Tensor:

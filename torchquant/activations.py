@@ -1,0 +1,214 @@
+"""Where activations are quantized, what the calibration shows of them, and which quantizers follow from that."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import Calibration
+from .collect import Observed, check_finite, hooked, input_of, observing
+from .config import Activations
+from .nn import layout
+from .nn.attention import POINTS
+from .nn.quantizers import ActivationQuantizer, DynamicQuantizer, TableQuantizer, UniformQuantizer
+from .quantizers.sulq import LogQuantizer, choose_log_quantizer
+from .reparameterize import Norm, NormTrace, tracing_norms
+from .report import ActivationReport
+from .statistics import histogram_accumulate_, histogram_range, new_histogram
+
+INPUT = "input"  # of a layer; the other kinds are the points of an attention product
+LOG_VARIANTS = {"sulq": "zero_exact"}  # names in Activations -> names in sulq_fit, where they differ
+
+
+@dataclass
+class Site:
+    """A place where an activation enters a matrix product: the input of ``module``."""
+
+    name: str  # of the module: a layer, or a point of an attention product
+    kind: str  # "input", "query", "key", "value" or "softmax"
+    bits: int
+    module: nn.Module
+
+    @property
+    def axis(self) -> int:
+        """Of the channels."""
+        return layout.channel_axis(self.module) if self.kind == INPUT else -1
+
+
+@dataclass
+class Observations:
+    """What one pass of the calibration data showed."""
+
+    histograms: dict[str, Tensor] = field(default_factory=dict)  # [3, B], or [C, 3, B] with a range for each channel
+    norms: dict[str, Norm] = field(default_factory=dict)
+    seen: Observed = field(default_factory=Observed)
+
+    @property
+    def order(self) -> list[str]:
+        """Layers in the order of their first calls."""
+        return self.seen.order
+
+    def feeding(self) -> dict[str, Norm]:
+        """Layer -> the LayerNorm that feeds it and can be reparameterized."""
+        return {layer: norm for norm in self.norms.values() if not norm.reason for layer in norm.layers}
+
+
+def attention_sites(name: str, module: nn.Module, bits: int) -> list[Site]:
+    """The four points of a rewritten attention module."""
+    product: nn.Module = module.product  # type: ignore[assignment]
+    return [Site(f"{name}.product.{point}", point, bits, getattr(product, point)) for point in POINTS]
+
+
+def observe(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    layers: Mapping[str, nn.Module],
+    data: Calibration,
+    *,
+    granularity: str = "tensor",
+) -> Observations:
+    """Run ``data`` once: histograms of every site, how ``layers`` are reached, and which LayerNorms feed which of them.
+
+    A site has one histogram per channel when a LayerNorm's output enters it, or under ``granularity="channel"``.
+    """
+    found = Observations()
+    with observing(model, layers) as found.seen, tracing_norms(model, layers) as trace:
+
+        def count(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = input_of(name, args, kwargs).detach()
+            if x.numel() > 0:
+                add_values(found.histograms, sites[name], x, granularity == "channel" or from_norm(trace, x))
+
+        with hooked({name: site.module for name, site in sites.items()}, count):
+            data.run(model)
+    found.norms = trace.finish()
+    return found
+
+
+def from_norm(trace: NormTrace, x: Tensor) -> bool:
+    return trace.origin(x) is not None
+
+
+def add_values(histograms: dict[str, Tensor], site: Site, x: Tensor, per_channel: bool) -> None:
+    x = x.float() if x.dtype == torch.float64 else x
+    if site.name not in histograms:
+        histograms[site.name] = new_histogram(x.shape[site.axis] if per_channel else None, device=x.device)
+    try:
+        histogram_accumulate_(histograms[site.name], x, axis=site.axis)
+    except (TypeError, ValueError) as error:
+        check_finite(site.name, x)
+        raise ValueError(f"calibration: activation {site.name!r}: {error}") from error
+
+
+def choose_quantizers(
+    observed: Observations, sites: Mapping[str, Site], activations: Activations
+) -> dict[str, ActivationQuantizer]:
+    """A quantizer for every site that calibration reached.
+
+    Inputs that come from a LayerNorm which can be reparameterized get a scale for each channel: see
+    :mod:`torchquant.reparameterize`, which is to follow.
+    """
+    feeding = observed.feeding() if activations.reparameterize and not activations.dynamic else {}
+    return {
+        name: choose_quantizer(sites[name], histogram, activations, per_channel=name in feeding)
+        for name, histogram in observed.histograms.items()
+    }
+
+
+def choose_quantizer(
+    site: Site, histogram: Tensor, activations: Activations, *, per_channel: bool = False
+) -> ActivationQuantizer:
+    if site.kind == "softmax":
+        return softmax_quantizer(histogram, site.bits, activations.softmax)
+    if activations.dynamic:
+        # A convolution sums over channels and neighbours: there is no vector along the last dimension.
+        spatial = activations.granularity == "token" and site.axis != -1
+        granularity = "tensor" if spatial else activations.granularity
+        return DynamicQuantizer(site.bits, granularity, activations.symmetric, site.axis)
+    if not per_channel and activations.granularity != "channel":
+        histogram = merged(histogram)
+    scale, zero_point = histogram_range(
+        histogram,
+        bits=site.bits,
+        symmetric=activations.symmetric,
+        rule=activations.range,
+        percentile=activations.percentile,
+    )
+    if scale.dim() == 1:
+        scale, zero_point = without_constants(histogram, scale, zero_point)
+    return UniformQuantizer(site.bits, scale, zero_point, site.axis)
+
+
+def softmax_quantizer(histogram: Tensor, bits: int, choice: str) -> ActivationQuantizer:
+    """Of values in 0..1. Under "auto" the one with the least squared error."""
+    variants = {} if choice == "auto" else {"variants": [LOG_VARIANTS.get(choice, choice)]}
+    found: LogQuantizer = choose_log_quantizer(merged(histogram), bits, **variants)
+    if found.name == "uniform":  # the same levels, with integer arithmetic
+        scale = found.exponents[1].exp2()
+        return UniformQuantizer(bits, scale, torch.zeros_like(scale))
+    name = next((ours for ours, theirs in LOG_VARIANTS.items() if theirs == found.name), found.name)
+    return TableQuantizer(bits, found.thresholds, found.exponents, found.eta, name)
+
+
+def merged(histogram: Tensor) -> Tensor:
+    """One histogram for all channels."""
+    return histogram if histogram.dim() == 2 else histogram.sum(0)
+
+
+def without_constants(histogram: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels that are always zero take the others' mean scale: theirs means nothing and would spoil the mean."""
+    dead = histogram[:, 2].sum(-1) == 0  # [C]
+    if not bool(dead.any()) or bool(dead.all()):
+        return scale, zero_point
+    return torch.where(dead, scale[~dead].mean(), scale), torch.where(
+        dead, zero_point[~dead].mean().round(), zero_point
+    )
+
+
+def relative_error(quantizer: ActivationQuantizer, histogram: Tensor) -> float:
+    """``|| x~ - x || / || x ||`` over the values of a histogram; NaN where the quantizer depends on the input.
+
+    Exact but for bins that a threshold divides: each bin is taken whole to the level of its mean.
+    """
+    if math.isnan(quantizer.bounds()[0]):
+        return math.nan
+    per_channel = isinstance(quantizer, UniformQuantizer) and quantizer.scale.dim() == 1
+    count, total, squares = (histogram if per_channel else merged(histogram)).movedim(-2, 0)  # [B] or [C, B]
+    means = (total / count.clamp(min=1)).float()
+    if per_channel:
+        shape = [means.shape[1], means.shape[0], *[1] * (-quantizer.axis - 1)]  # type: ignore[operator]
+        values = quantizer(means.t().reshape(shape)).reshape(shape[:2]).t().double()
+    else:
+        values = quantizer(means).double()
+    error = (squares - 2 * values * total + values.square() * count).sum()
+    energy = float(squares.sum())
+    return math.sqrt(max(float(error), 0.0) / energy) if energy > 0 else 0.0
+
+
+def describe(site: Site, quantizer: ActivationQuantizer, histogram: Tensor | None) -> ActivationReport:
+    """What the report says of one site."""
+    low, high = quantizer.bounds()
+    error = math.nan if histogram is None else relative_error(quantizer, histogram)
+    return ActivationReport(site.name, site.kind, quantizer.name, quantizer.bits, low, high, error)
+
+
+@contextmanager
+def quantizing_inputs(
+    model: nn.Module, quantizers: Mapping[str, ActivationQuantizer], *, straight_through: bool = False
+) -> Iterator[None]:
+    """Inside, the modules of these names receive quantized inputs; nothing is swapped.
+
+    ``straight_through``: gradients pass the quantizers, but for values that are clipped.
+    """
+    with ExitStack() as stack:
+        for name, quantizer in quantizers.items():
+
+            def quantized(m: nn.Module, args: Any, q: ActivationQuantizer = quantizer) -> Any:
+                return (q.straight_through(args[0]) if straight_through else q(args[0]), *args[1:])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(quantized).remove)
+        yield
