@@ -12,7 +12,20 @@ from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme
 from .formats import load, save
 from .memory import estimate_memory
 from .quantize import collect_statistics, quantize_
-from .quantizers import dynamic_quantize, uniform_dequantize, uniform_fit, uniform_quantize
+from .quantizers import (
+    LogQuantizer,
+    choose_log_quantizer,
+    dynamic_quantize,
+    sulq_dequantize,
+    sulq_error,
+    sulq_fit,
+    sulq_matmul,
+    sulq_quantize,
+    sulq_shift_matmul,
+    uniform_dequantize,
+    uniform_fit,
+    uniform_quantize,
+)
 from .report import LayerReport, Report
 from .solvers import (
     comq_quantize,
@@ -43,9 +56,11 @@ __all__ = [
     "RTN",
     "Auto",
     "LayerReport",
+    "LogQuantizer",
     "MagR",
     "Report",
     "Scheme",
+    "choose_log_quantizer",
     "collect_statistics",
     "comq_quantize",
     "conv_gram_accumulate_",
@@ -75,6 +90,12 @@ __all__ = [
     "save",
     "solvers",
     "statistics",
+    "sulq_dequantize",
+    "sulq_error",
+    "sulq_fit",
+    "sulq_matmul",
+    "sulq_quantize",
+    "sulq_shift_matmul",
     "uniform_dequantize",
     "uniform_fit",
     "uniform_quantize",

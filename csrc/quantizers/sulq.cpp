@@ -213,6 +213,7 @@ void check_product(const char* op, const at::Tensor& codes, const at::Tensor& ex
 struct Shifts {
   std::vector<uint8_t> of_code = std::vector<uint8_t>(kSulqMaxLevels, kSulqNothing);
   double smallest = 0;  // exponent of shift 0
+  int64_t largest = 0;  // shift
   bool any = false;
 };
 
@@ -234,6 +235,7 @@ Shifts shifts_of(const char* op, const at::Tensor& exponents, double fraction) {
     TORCH_CHECK_VALUE(shift <= kSulqMaxShift, op, ": exponents must span at most ", kSulqMaxShift,
                       ", got ", shift);
     shifts.of_code[static_cast<size_t>(i)] = static_cast<uint8_t>(shift);
+    shifts.largest = std::max(shifts.largest, static_cast<int64_t>(shift));
   }
   return shifts;
 }
@@ -247,6 +249,8 @@ at::Tensor shift_sums(const at::Tensor& codes, const Shifts& shifts, const at::T
   const at::Tensor table = at::tensor(at::ArrayRef<uint8_t>(shifts.of_code), codes.options());
   const int64_t rows = codes.size(-2), inner = codes.size(-1), columns = v.size(-1);
   const int64_t batches = codes.numel() / (rows * inner);
+  const int64_t largest_v = v.scalar_type() == at::kShort ? 1 << 15 : 1 << 8;
+  const bool narrow = inner * largest_v << shifts.largest < int64_t{1} << 31;
   const auto part = [&](int64_t batch, int64_t count, int64_t first, int64_t rows_here) {
     const int64_t row = batch * rows + first;
     return SulqShiftMatmul{a.const_data_ptr<uint8_t>() + row * inner,
@@ -256,6 +260,7 @@ at::Tensor shift_sums(const at::Tensor& codes, const Shifts& shifts, const at::T
                            rows_here,
                            inner,
                            columns,
+                           narrow,
                            sums.mutable_data_ptr<int64_t>() + row * columns};
   };
   if (codes.is_cuda()) {

@@ -43,6 +43,7 @@ struct SulqShiftMatmul {
   int64_t rows;
   int64_t inner;
   int64_t columns;
+  bool narrow;    // no sum leaves int32
   int64_t* sums;  // [batches, rows, columns]
 };
 

@@ -8,6 +8,8 @@ namespace {
 using Int8 = int32_t __attribute__((vector_size(32)));
 using Bytes8 = uint8_t __attribute__((vector_size(8)));
 using UnalignedBytes8 = uint8_t __attribute__((vector_size(8), aligned(1), may_alias));
+using Long8 = int64_t __attribute__((vector_size(64)));
+using UnalignedShort8 = int16_t __attribute__((vector_size(16), aligned(2), may_alias));
 constexpr int64_t kVectors = 4;
 constexpr int64_t kBlock = kVectors * kFloat8;
 
@@ -50,6 +52,44 @@ void encode_block(const SulqEncode& encode, const float* x, uint8_t* codes) {
   encode_by_bucket(encode, x, codes);
 }
 
+// Columns 0 .. 8 vectors - 1 of one row, the sums in registers.
+template <class Sums8, int64_t kSums>
+inline __attribute__((always_inline)) void shift_block(const SulqShiftMatmul& product,
+                                                       const uint8_t* codes, const int16_t* v,
+                                                       int64_t* sums) {
+  Sums8 totals[kSums] = {};
+  for (int64_t k = 0; k < product.inner; ++k, v += product.columns) {
+    const uint8_t shift = product.shifts[codes[k]];
+    if (shift == kSulqNothing) continue;
+    const Sums8 shifts = shift + Sums8{};
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kSums; ++j) {
+      const auto terms = *reinterpret_cast<const UnalignedShort8*>(v + 8 * j);
+      totals[j] += __builtin_convertvector(terms, Sums8) << shifts;
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kSums; ++j) {
+    for (int64_t l = 0; l < 8; ++l) sums[8 * j + l] = totals[j][l];
+  }
+}
+
+template <class Sums8>
+void shift_row(const SulqShiftMatmul& product, const uint8_t* codes, const int16_t* v,
+               int64_t* sums) {
+  int64_t n = 0;
+  for (; n + 64 <= product.columns; n += 64) shift_block<Sums8, 8>(product, codes, v + n, sums + n);
+  for (; n + 8 <= product.columns; n += 8) shift_block<Sums8, 1>(product, codes, v + n, sums + n);
+  for (; n < product.columns; ++n) {
+    sums[n] = 0;
+    for (int64_t k = 0; k < product.inner; ++k) {
+      const uint8_t shift = product.shifts[codes[k]];
+      if (shift != kSulqNothing)
+        sums[n] += static_cast<int64_t>(v[k * product.columns + n]) << shift;
+    }
+  }
+}
+
 }  // namespace
 
 void sulq_encode(const SulqEncode& encode) {
@@ -70,17 +110,14 @@ void sulq_decode(const SulqDecode& decode) {
 }
 
 void sulq_shift_matmul(const SulqShiftMatmul& product) {
-  const int64_t columns = product.columns;
   for (int64_t row = 0; row < product.batches * product.rows; ++row) {
     const uint8_t* codes = product.codes + row * product.inner;
-    const int16_t* v = product.v + row / product.rows * product.inner * columns;
-    int64_t* __restrict__ sums = product.sums + row * columns;
-    for (int64_t n = 0; n < columns; ++n) sums[n] = 0;
-    for (int64_t k = 0; k < product.inner; ++k) {
-      const uint8_t shift = product.shifts[codes[k]];
-      if (shift == kSulqNothing) continue;
-      for (int64_t n = 0; n < columns; ++n)
-        sums[n] += static_cast<int64_t>(v[k * columns + n]) << shift;
+    const int16_t* v = product.v + row / product.rows * product.inner * product.columns;
+    int64_t* sums = product.sums + row * product.columns;
+    if (product.narrow) {
+      shift_row<Int8>(product, codes, v, sums);
+    } else {
+      shift_row<Long8>(product, codes, v, sums);
     }
   }
 }

@@ -114,16 +114,15 @@ struct Staircase {
   bool zero_code = false;
   float scale = 0;  // of uniform, which has no other fields but high
 
+  // Rises with x: the value of a uniform level, the exponent of any other.
   double level(float x) const {
-    return to_value(to_code(x, scale, 0.0f, static_cast<float>(high)), scale, 0.0f);
-  }
-  double exponent(float x) const {
-    if (scale > 0) return std::log2(level(x));
+    if (scale > 0) return to_value(to_code(x, scale, 0.0f, static_cast<float>(high)), scale, 0.0f);
     const double w = sign * std::log2(x + eta);
     const double q = round_to_integer(std::clamp((w - offset) / step, low, high));
     if (zero_code && q == high) return -kInfinity;
     return sign * unit * round_to_integer((step * q + offset) / unit);
   }
+  double exponent(double level) const { return scale > 0 ? std::log2(level) : level; }
 };
 
 double step_of(double lo, double hi, double steps) {
@@ -228,13 +227,13 @@ Table table_of(const Staircase& stairs) {
   const float largest = std::numeric_limits<float>::max();
   Table table = {stairs.eta, {}, {}};
   for (uint32_t first = ordered_pattern(0.0f);;) {
-    const double exponent = stairs.exponent(float_of_pattern(first));
-    table.exponents.push_back(static_cast<float>(exponent));
-    if (stairs.exponent(largest) == exponent) return table;
+    const double level = stairs.level(float_of_pattern(first));
+    table.exponents.push_back(static_cast<float>(stairs.exponent(level)));
+    if (stairs.level(largest) == level) return table;
     uint32_t same = first, other = ordered_pattern(largest);
     while (other - same > 1) {
       const uint32_t middle = same + (other - same) / 2;
-      (stairs.exponent(float_of_pattern(middle)) == exponent ? same : other) = middle;
+      (stairs.level(float_of_pattern(middle)) == level ? same : other) = middle;
     }
     table.thresholds.push_back(float_of_pattern(same));
     first = other;

@@ -75,7 +75,8 @@ TEST(CudaQuantizers, SulqShiftMatmul) {
     for (int16_t& value : v) value = static_cast<int16_t>(generator()());
     const auto sums_by = [&](void (*leaf)(const SulqShiftMatmul&)) {
       std::vector<int64_t> sums(batches * rows * columns, 99);
-      leaf({codes.data(), shifts.data(), v.data(), batches, rows, inner, columns, sums.data()});
+      leaf({codes.data(), shifts.data(), v.data(), batches, rows, inner, columns, false,
+            sums.data()});
       return sums;
     };
     EXPECT_EQ(sums_by([](const SulqShiftMatmul& p) { launch_sulq_shift_matmul(p, nullptr); }),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, random
 from quantizers.sulq_reference import product_case
 
 from torchquant.quantizers import sulq_dequantize, sulq_matmul, sulq_shift_matmul
@@ -31,6 +31,20 @@ def test_product_where_eta_or_levels_are_not_powers_of_two(place, variant):
     codes, exponents, eta, v = product_case(variant, place)
     wanted = (torch.exp2(exponents.double()) - eta.double())[codes.long()] @ v.double()
     torch.testing.assert_close(sulq_matmul(codes, exponents, eta, v).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_every_width_and_both_accumulators(place, dtype):
+    """Small shifts fit 32 bit sums, large ones do not; columns come in blocks of 64, of 8 and one by one."""
+    for columns in (1, 7, 8, 9, 63, 64, 65, 136, 143):
+        codes = torch.randint(0, 6, (3, 40), generator=random(columns), dtype=torch.uint8)
+        info = torch.iinfo(dtype)
+        v = torch.randint(info.min, info.max + 1, (40, columns), generator=random(1), dtype=dtype)
+        for largest in (3, 31):
+            exponents = torch.tensor([-math.inf, 0, 1, 2, 3, largest])
+            power = torch.exp2(exponents.double())[codes.long()]
+            sums = sulq_shift_matmul(codes.to(place), exponents.to(place), v.to(place))
+            assert torch.equal(sums.double().cpu(), power @ v.double())
 
 
 def test_product_at_its_limits(place):
