@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-from torchquant.report import LayerReport, Report, Table, as_json, geometric_mean, write_atomically, write_html
+from torchquant.report import (
+    ActivationReport,
+    LayerReport,
+    Pictures,
+    Report,
+    Table,
+    as_json,
+    geometric_mean,
+    write_atomically,
+    write_html,
+)
 
 
 def made() -> Report:
@@ -30,6 +40,35 @@ def made() -> Report:
         "magr": {"blocks.0.fc1": [1.0, 0.7]},
     }
     return Report(layers, 1.5, "W2A16", "auto", 7, details)
+
+
+def with_activations() -> Report:
+    report = made()
+    softmax = "blocks.0.attn.product.softmax"
+    report.activations = [
+        ActivationReport("blocks.0.fc1", "input", "uniform", 4, -1.5, 2.25, 0.0625),
+        ActivationReport("blocks.0.fc2", "input", "dynamic", 4),
+        ActivationReport(softmax, "softmax", "sulq", 4, 0.0, 1.0, 0.03125),
+    ]
+    counts = [1, 2, 3, 2]
+    drawn = {"low": -2.0, "high": 3.0, "log2": False, "unit": "value", "levels": [-1.5, 0.0, 2.25], "counts": counts}
+    report.details |= {
+        "activations": {"blocks.0.fc1": drawn, softmax: {**drawn, "log2": True}},
+        "attention": {
+            "name": "blocks.0.attn",
+            "head": 2,
+            "change": 0.125,
+            "before": [[0.5, 0.5], [1.0, 0.0]],
+            "after": [[0.25, 0.75], [1.0, 0.0]],
+        },
+        "sensitivity": {"blocks.0.fc1": {"weights": 0.5, "input": 0.25}, "blocks.0.attn.product": {"key": math.nan}},
+    }
+    return report
+
+
+def page_of(report: Report, path) -> str:
+    report.to_html(path)
+    return path.read_text()
 
 
 def test_table_names_every_layer_and_counts_those_that_are_not_ok():
@@ -161,3 +200,55 @@ def test_file_mode_follows_the_umask(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "r").stat().st_mode & 0o777 == 0o640
+
+
+NEW_FIGURES = ("Sensitivity", "Activations and their levels", "Attention before and after")
+
+
+def test_page_shows_activations(tmp_path):
+    page = page_of(with_activations(), tmp_path / "r.html")
+    for heading in (*NEW_FIGURES, "Activations"):
+        assert f"<h3>{heading}</h3>" in page, heading
+    for text in (">sulq<", ">-1.5000<", ">0.0625<", "blocks.0.attn, head 2", "by 12 %"):
+        assert text in page, text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
+
+
+def test_page_without_activations_has_none_of_it(tmp_path):
+    page = page_of(made(), tmp_path / "r.html")
+    assert not [heading for heading in (*NEW_FIGURES, "Activations") if f"<h3>{heading}</h3>" in page]
+
+
+def test_activations_come_back_from_json_and_give_the_same_page(tmp_path):
+    report = with_activations()
+    report.to_json(tmp_path / "r.json")
+    again = Report.from_json(tmp_path / "r.json")
+    assert again.activations[0] == report.activations[0] and math.isnan(again.activation("blocks.0.fc2").error)
+    assert page_of(again, tmp_path / "a.html") == page_of(report, tmp_path / "b.html")
+
+
+def test_activation_is_found_by_name():
+    assert with_activations().activation("blocks.0.fc1").high == 2.25
+    with pytest.raises(KeyError, match="no quantized activation named 'fc9'"):
+        with_activations().activation("fc9")
+
+
+def test_table_lists_activations():
+    line = next(line for line in str(with_activations()).splitlines() if "product.softmax" in line)
+    assert line.split() == ["blocks.0.attn.product.softmax", "softmax", "sulq", "4", "0.0000", "1.0000", "0.0312"]
+
+
+def test_drawings_are_pictures_in_a_notebook():
+    from torchquant import plots
+
+    report = with_activations()
+    drawings = [plots.sensitivity(report), plots.activations(report, ["blocks.0.fc1"]), plots.attention(report)]
+    assert all(drawing._repr_png_().startswith(b"\x89PNG") for drawing in drawings)
+
+
+def test_pictures_side_by_side(tmp_path):
+    grey, coloured = [[0.0, 0.5], [1.0, 0.25]], [[[1.0, 0.0, 0.0]] * 2] * 2
+    shown = Pictures("Enlarged", "Twice the size.", ["original", "4 bits"], {"cat": [grey, coloured]})
+    write_html(tmp_path / "r.html", {"net": made()}, pictures=[shown])
+    page = (tmp_path / "r.html").read_text()
+    assert page.index("<h3>Enlarged</h3>") < page.index("<h2>net</h2>") and "Twice the size." in page
