@@ -335,12 +335,27 @@ def test_uniform_levels_take_over_where_they_are_better(data):
         choice = choose_subset(x, bits=bits)
         assert choice.name == wanted
         assert choice.error == min(choice.subset_error, choice.uniform_error)
-        assert choice.error == pytest.approx(squared_error(x, choice.levels), rel=1e-6)
+        assert choice.error.item() == pytest.approx(squared_error(x, choice.levels), rel=1e-6)
         assert len(choice.levels) == 2**bits and (choice.levels == 0).any()
         forced = choose_subset(x, bits=bits, fallback=False)
         assert forced.name == "subset" and torch.isin(forced.levels, subset_universe("dfsq")).all()
     published = choose_subset(x, bits=4, selector="kmeans", generator=random(1), fallback=False)
     assert published.error >= choose_subset(x, bits=4).error
+
+
+def test_each_channel_has_its_own_choice():
+    even = torch.linspace(0, 1, 64)[torch.randint(64, (2000,), generator=random(0))]
+    x = torch.stack([laplace(2000), even, normal(2000)]).reshape(3, 40, 50).transpose(0, 1)
+    choice = choose_subset(x, bits=6, axis=1)
+    assert choice.uniform.tolist()[1] and choice.uniform_error[1] < 1e-9
+    for channel in range(3):
+        single = choose_subset(x[:, channel], bits=6)
+        assert_same((choice.levels[channel], choice.error[channel]), (single.levels, single.error))
+    mixed = choose_subset(x[:, :2], bits=6, axis=1) if not choice.uniform[0] else choice
+    assert mixed.name in ("subset, 1 of 2 uniform", "uniform")
+    published = choose_subset(x, bits=3, axis=1, selector="kmeans", fallback=False)
+    assert published.name == "subset" and published.levels.shape == (3, 8)
+    assert (published.error >= choose_subset(x, bits=3, axis=1).error).all()
 
 
 def test_choice_errors():

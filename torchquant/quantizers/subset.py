@@ -87,20 +87,20 @@ def subset_dequantize(codes: Tensor, levels: Tensor, *, axis: int = -1) -> Tenso
 
 
 def subset_select_kmeans(
-    x: Tensor, universe: Tensor, *, levels: int, generator: torch.Generator | None = None
+    x: Tensor, universe: Tensor, *, levels: int, restarts: int = RESTARTS, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """The published selection, for comparison: 5 times k-means from random samples (at most 100 steps, one centre kept
     at zero, an empty cluster starts again at a random sample), centres moved to the nearest element of the universe.
 
     Two centres may end at one element, and the result is a local optimum. Arguments and results as for `subset_select`;
-    ``generator`` (on the CPU): of the samples, None = seeded with 0.
+    ``restarts``: the best of so many runs; ``generator`` (on the CPU): of the samples, None = seeded with 0.
     """
     values = x.detach().float().flatten()
     if not values.numel():
         raise ValueError("subset_select_kmeans: x must hold at least one value, got none")
     generator = generator or torch.Generator().manual_seed(0)
     best, least = values.new_empty(0), values.new_tensor(torch.inf, dtype=torch.float64)
-    for _ in range(RESTARTS):
+    for _ in range(restarts):
         centres = _lloyd(values, levels - 1, generator)
         snapped = universe[_nearest(centres, universe)].sort().values
         error = _squared_error(values, snapped)
@@ -133,28 +133,46 @@ def _nearest(values: Tensor, centres: Tensor) -> Tensor:
     return (values[:, None] - centres).abs().argmin(1)
 
 
-def _squared_error(x: Tensor, levels: Tensor) -> Tensor:
-    return (subset_dequantize(subset_quantize(x, levels), levels).double() - x.double()).square().sum()
+def _squared_error(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
+    along = -1 if axis is None else axis
+    values = subset_dequantize(subset_quantize(x, levels, axis=along), levels, axis=along)
+    errors = (values.double() - x.double()).square()
+    return errors.sum() if axis is None else errors.movedim(axis, 0).flatten(1).sum(1)
 
 
-def uniform_levels(x: Tensor, bits: int) -> Tensor:
-    """``2**bits`` levels at equal distances over the range of x, zero among them."""
-    low, high = x.float().amin().clamp(max=0.0), x.float().amax().clamp(min=0.0)
+def uniform_levels(x: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
+    """``2**bits`` levels at equal distances over the range of x, zero among them: ``[L]``, or ``[C, L]`` for the
+    channels along ``axis``."""
+    rows = x.float().reshape(1, -1) if axis is None else x.float().movedim(axis, 0).flatten(1)
+    low, high = rows.amin(1, keepdim=True).clamp(max=0.0), rows.amax(1, keepdim=True).clamp(min=0.0)
     steps = 2**bits - 1
     scale = (high - low) / steps
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (torch.arange(steps + 1, device=x.device) - torch.round(-low / scale)) * scale
+    levels = (torch.arange(steps + 1, device=x.device) - torch.round(-low / scale)) * scale
+    return levels[0] if axis is None else levels
 
 
 @dataclass(frozen=True)
 class SubsetChoice:
-    """The levels that serve x best, and what else was tried."""
+    """The levels that serve x best, and what else was tried; with channels, one entry for each."""
 
-    levels: Tensor  # [L], rising
-    name: str  # "subset" or "uniform"
-    error: float  # squared, of the levels
-    subset_error: float
-    uniform_error: float
+    levels: Tensor  # [L] or [C, L], rising
+    uniform: Tensor  # bool [] or [C]: uniform levels were better than the subset's
+    subset_error: Tensor  # squared, float64 [] or [C]
+    uniform_error: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """Squared, of the levels."""
+        return torch.where(self.uniform, self.uniform_error, self.subset_error)
+
+    @property
+    def name(self) -> str:
+        """ "subset" or "uniform", or how many channels are uniform."""
+        count = int(self.uniform.sum())
+        if count in (0, self.uniform.numel()):
+            return "uniform" if count else "subset"
+        return f"subset, {count} of {self.uniform.numel()} uniform"
 
 
 def choose_subset(
@@ -162,6 +180,7 @@ def choose_subset(
     *,
     bits: int,
     universe: Tensor | None = None,
+    axis: int | None = None,
     selector: str = "exact",
     fallback: bool = True,
     generator: torch.Generator | None = None,
@@ -171,7 +190,8 @@ def choose_subset(
     Args:
         x: normalized to [-1, 1]; float32, float16 or bfloat16.
         bits: 2..8.
-        universe: None: ``subset_universe("dfsq")``.
+        universe: at least ``2**bits`` elements; None: ``subset_universe("dfsq")``.
+        axis: choose for each channel along it; None: for all values together.
         selector: ``"exact"`` or the published ``"kmeans"``.
         fallback: False: the subset's levels in any case.
         generator: of k-means.
@@ -183,16 +203,18 @@ def choose_subset(
     if not x.numel():
         raise ValueError("choose_subset: x must hold at least one value, got none")
     elements = (subset_universe("dfsq") if universe is None else universe).to(x.device)
-    count = min(2**bits, len(elements))
     if selector == "exact":
-        levels, error = subset_select(x, elements, levels=count)
+        levels, error = subset_select(x, elements, levels=2**bits, axis=axis)
     else:
-        levels, error = subset_select_kmeans(x, elements, levels=count, generator=generator)
-    even = uniform_levels(x, bits)
-    errors = float(error), float(_squared_error(x.float(), even))
-    if fallback and errors[1] < errors[0]:
-        return SubsetChoice(even, "uniform", errors[1], *errors)
-    return SubsetChoice(levels, "subset", errors[0], *errors)
+        rows = [x] if axis is None else list(x.unbind(axis))
+        found = [subset_select_kmeans(row, elements, levels=2**bits, generator=generator) for row in rows]
+        levels, error = (torch.stack(parts) for parts in zip(*found, strict=True))
+        if axis is None:
+            levels, error = levels[0], error[0]
+    even = uniform_levels(x, bits, axis=axis)
+    even_error = _squared_error(x, even, axis)
+    uniform = (even_error < error) & fallback
+    return SubsetChoice(torch.where(uniform[..., None], even, levels), uniform, error, even_error)
 
 
 def subset_fit_scale(
