@@ -7,6 +7,7 @@
 #include <cmath>
 #include <csrc/core/grid.cu>
 #include <csrc/solvers/comq.cu>
+#include <csrc/solvers/flips.cu>
 #include <csrc/solvers/gptq.cu>
 #include <csrc/solvers/magr.cu>
 #include <csrc/solvers/rtn.cu>
@@ -171,6 +172,35 @@ TEST(CudaKernels, ComqSweep) {
       expect_equal_to(wanted, [&] {
         return comq_sweep_on(p, ordered,
                              [](const ComqSweep& sweep) { launch_comq_sweep(sweep, nullptr); });
+      });
+    }
+  });
+}
+
+struct Flips {
+  Floats gradient, step;
+  std::vector<int64_t> flips;
+  bool operator==(const Flips& other) const = default;
+};
+
+Flips flips_on(const Problem& p, bool best, int64_t steps, void (*leaf)(const FlipRows&)) {
+  Flips out{p.gradient, p.scale, std::vector<int64_t>(p.rows, 5)};
+  for (size_t i = 0; i < out.step.size(); ++i) out.step[i] *= static_cast<float>(i % 3) - 1.0f;
+  Floats diagonal(p.columns);
+  for (int64_t j = 0; j < p.columns; ++j) diagonal[j] = p.gram[j * p.columns + j];
+  leaf({p.rows, p.columns, p.gram.data(), p.columns, diagonal.data(), steps, best,
+        out.gradient.data(), out.step.data(), out.flips.data()});
+  return out;
+}
+
+TEST(CudaKernels, FlipRows) {
+  for_each_problem(200, [](const Problem& p) {
+    for (const auto& [best, steps] : {std::pair{true, 100}, {true, 2}, {false, 100}}) {
+      const Flips wanted = flips_on(p, best, steps, scalar::flip_rows);
+      EXPECT_TRUE(wanted.flips[0] > 5 || p.columns < 33);
+      expect_equal_to(wanted, [&] {
+        return flips_on(p, best, steps,
+                        [](const FlipRows& all) { launch_flip_rows(all, nullptr); });
       });
     }
   });
