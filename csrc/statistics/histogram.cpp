@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
+#include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/histogram.h>
 #include <csrc/core/parallel.h>
@@ -105,8 +106,14 @@ void accumulate_channels(const at::Tensor& histogram,  // [C, 3, B]
                                    .contiguous();
       const at::Tensor words =
           count_tables(x, here, bins, [&](int64_t t) { return block.select(0, t); });
-      for (int64_t t = 0; t < here; ++t)
+      const auto merge = [&](int64_t t) {
         merge_tables(words.narrow(0, t, 1), histogram.select(0, channel + t));
+      };
+      if (x.is_cuda()) {
+        for (int64_t t = 0; t < here; ++t) merge(t);
+      } else {
+        for_each_chunk(here, merge);
+      }
     }
   }
 }
@@ -124,11 +131,11 @@ void check_values(const char* op, const at::Tensor& x, const at::Tensor& histogr
 }
 
 // NaN and Inf have bins of their own: the outermost 2^m on both sides.
-void check_counted_finite(const char* op, const at::Tensor& histogram) {
-  const int64_t bins = histogram.size(-1), side = bins / kFloatBinsBase;
-  const at::Tensor counts = histogram.select(-2, 0);
+void check_counted_finite(const char* op, const at::Tensor& histogram) {  // [3, B]
+  const int64_t bins = histogram.size(1), side = bins / kFloatBinsBase;
+  const at::Tensor counts = histogram.select(0, 0);
   const at::Tensor outermost =
-      at::cat({counts.narrow(-1, 0, side), counts.narrow(-1, bins - side, side)}, -1);
+      at::cat({counts.narrow(0, 0, side), counts.narrow(0, bins - side, side)});
   const auto bad = static_cast<int64_t>(outermost.sum().item<double>());
   TORCH_CHECK_VALUE(bad == 0, op, ": x must be finite, got ", bad, " NaN or Inf");
 }
@@ -142,12 +149,15 @@ void histogram_accumulate_(const at::Tensor& histogram,  // [3, B] or [C, 3, B]
   if (x.numel() == 0) return;
 
   const c10::DeviceGuard guard(x.device());
-  const at::Tensor fresh = at::zeros(histogram.sizes(), histogram.options());
-  if (histogram.dim() == 2) {
-    accumulate_tensor(fresh, x);
-  } else {
-    accumulate_channels(fresh, x, axis);
+  if (histogram.dim() == 3) {
+    check_finite(op, "x", x);  // costs less than a second set of so many bins
+    const at::Tensor total = histogram.contiguous();
+    accumulate_channels(total, x, axis);
+    if (!total.is_same(histogram)) histogram.copy_(total);
+    return;
   }
+  const at::Tensor fresh = at::zeros(histogram.sizes(), histogram.options());
+  accumulate_tensor(fresh, x);
   check_counted_finite(op, fresh);
   histogram.add_(fresh);
 }
