@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .solvers.portfolio import Candidate, portfolio_quantize, row_objective, tim
 
 STATUS = ("ok", "damped", "rounded")  # by the operators' info[0]
 NAN = float("nan")
+BINS = 64  # of weight histograms
 CONSTANT = 1e-6  # share of a channel's energy around its mean below which it counts as constant
 
 
@@ -300,3 +302,16 @@ def corrected(problem: Problem, damp: float) -> Tensor:
     blocks = missing.double().view(gram.shape[0], -1, weight.shape[1]).transpose(1, 2)
     change = torch.cholesky_solve(blocks, factor).transpose(1, 2).reshape_as(weight)
     return (weight + change.float()).contiguous()
+
+
+def weight_histogram(weight: Tensor, found: Solution, scheme: Scheme) -> dict[str, Any]:
+    """Of the float weights in units of their own grid: code k lies at k, whatever the row's scale."""
+    levels = 2**scheme.weight_bits
+    group = scheme.group_size or weight.shape[1]
+    scale, zero_point = (
+        t.to(weight.device).repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        for t in (found.scale, found.zero_point)
+    )
+    low, high = -1.0, float(levels)
+    position = (weight.float() / scale + zero_point).clamp(low, high)
+    return {"low": low, "high": high, "levels": levels, "counts": torch.histc(position, BINS, low, high).int().tolist()}

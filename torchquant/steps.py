@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import activations as acts
+from . import views
 from .activations import INPUT, Observations, Site, quantizing_inputs
 from .calibrate import Calibration, calibrating, logger
 from .checkpoint import Checkpoint
@@ -33,12 +34,11 @@ from .memory import quantized_bytes
 from .nn import from_float, layout, swap_modules
 from .nn.quantizers import ActivationQuantizer
 from .nn.rewrite import rewrite_attention as rewrite
+from .nn.swap import unchanged_on_error
 from .reparameterize import reparameterize_all
 from .report import LayerReport, Report
 from .selection import Target, select, select_attention, skipped_report
-from .solve import Solution, correct, solve
-
-BINS = 64  # of the weight histograms in Report.details
+from .solve import Solution, correct, solve, weight_histogram
 
 __all__ = [
     "Run",
@@ -85,6 +85,7 @@ class Run:
     quantizers: dict[str, ActivationQuantizer] = field(default_factory=dict)  # of sites
     stats: dict[str, Stats] = field(default_factory=dict)
     corrected: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # weight [N, K] and bias
+    maps: dict[str, Tensor] = field(default_factory=dict)  # attention of the float model, for the report
     report: Report = field(default_factory=Report)
 
     def open_layers(self) -> dict[str, nn.Module]:
@@ -112,24 +113,6 @@ class Run:
     def point_quantizers(self) -> dict[nn.Module, nn.Module]:
         """Of attention: the placeholder that stands in the model -> its quantizer."""
         return {self.sites[name].module: q for name, q in self.quantizers.items() if self.sites[name].kind != INPUT}
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the with block raises, every module, parameter and buffer is back in its place.
-
-    By reference: what a step changes it replaces, and writes into no tensor that was there before.
-    """
-    owned = ("_modules", "_parameters", "_buffers")
-    before = [(module, {key: dict(module.__dict__[key]) for key in owned}) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, parts in before:
-            for key, values in parts.items():
-                module.__dict__[key].clear()
-                module.__dict__[key].update(values)
-        raise
 
 
 @contextmanager
@@ -164,7 +147,10 @@ def preparing(
         run.first_last_bits, run.overrides, run.ignore = first_last_bits, overrides or {}, ignore
         yield run
         run.report = finish(run, wanted, began)
+        run.report.details |= measure(run)
         swap_in(run)
+        after = views.attention_maps(run.model, data, run.attention)
+        run.report.details["attention"] = views.most_changed(run.maps, after)
 
 
 def own_weights(run: Run) -> None:
@@ -222,6 +208,7 @@ def observe(run: Run) -> None:
         if f"{name}.product.softmax" not in run.observed.histograms:
             run.skip(name, type(run.attention[name]).__name__, "calibration never reached it")
     protect_first_and_last(run)
+    run.maps = views.attention_maps(run.model, run.data, run.attention)
 
 
 def protect_first_and_last(run: Run) -> None:
@@ -368,7 +355,10 @@ def finish(run: Run, scheme: Scheme, began: float) -> Report:
     order = {name: i for i, (name, _) in enumerate(run.model.named_modules())}
     layers = sorted(run.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
     details = {
-        "histograms": {name: histogram(run.targets[name], found) for name, found in run.solutions.items()},
+        "histograms": {
+            name: weight_histogram(layout.to_matrix(run.targets[name].module), found, run.targets[name].scheme)
+            for name, found in run.solutions.items()
+        },
         "magr": {name: list(found.largest) for name, found in run.solutions.items() if found.largest},
     }
     described = [
@@ -381,18 +371,10 @@ def finish(run: Run, scheme: Scheme, began: float) -> Report:
     return Report(layers, seconds, str(scheme), method_name(run.steps), run.seed, details, described)
 
 
-def histogram(target: Target, found: Solution) -> dict[str, Any]:
-    """Of the float weights in units of their own grid: code k lies at k, whatever the row's scale."""
-    levels = 2**target.scheme.weight_bits
-    weight: Tensor = layout.to_matrix(target.module).float()
-    group = target.scheme.group_size or weight.shape[1]
-    scale, zero_point = (
-        t.to(weight.device).repeat_interleave(group, dim=1)[:, : weight.shape[1]]
-        for t in (found.scale, found.zero_point)
-    )
-    low, high = -1.0, float(levels)
-    position = (weight / scale + zero_point).clamp(low, high)
-    return {"low": low, "high": high, "levels": levels, "counts": torch.histc(position, BINS, low, high).int().tolist()}
+def measure(run: Run) -> dict[str, Any]:
+    """What the report draws of activations: the float model is still in place."""
+    layers = {name: (run.targets[name].module, partial(replacement, run, name)) for name in run.solutions}
+    return views.measure(run.model, run.data, layers, run.sites, run.quantizers)
 
 
 def explain_missing(run: Run, seen: Observed, reached: Any) -> None:

@@ -124,4 +124,6 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 def output(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         found = model(**inputs)
+    if "src_key_padding_mask" in inputs:  # what padding gives is nobody's business
+        return found[~inputs["src_key_padding_mask"]]
     return found if isinstance(found, torch.Tensor) else found.logits

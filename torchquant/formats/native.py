@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import write_atomically
-from ..nn import QuantizedLayer, swap_modules
-from ..nn.swap import quantized_class
+from ..nn import QuantizedLayer, rewrite_attention, swap_modules
+from ..nn.attention import POINTS
+from ..nn.quantizers import ActivationQuantizer, quantizer_from
+from ..nn.rewrite import REWRITTEN
+from ..nn.swap import quantized_class, unchanged_on_error
 
 TENSORS, CONFIG = "model.safetensors", "config.json"
 METHOD, VERSION = "torchquant", 1
@@ -37,8 +40,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors, tied = separate(model)
     layers = {name: describe(module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    attention = {name: describe_attention(m) for name, m in model.named_modules() if isinstance(m, REWRITTEN)}
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}  # type: ignore[union-attr,operator]
     own: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "layers": layers, "tied": tied}
+    if attention:
+        own["attention"] = attention
     config["quantization_config"] = own
 
     def write_tensors(path: Path) -> None:
@@ -69,7 +75,18 @@ def separate(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def describe(layer: QuantizedLayer) -> dict[str, Any]:
     dtype = str(layer.float_like.dtype).removeprefix("torch.")
-    return {"class": type(layer).__name__, "bits": layer.bits, "group_size": layer.group_size, "dtype": dtype}
+    found = {"class": type(layer).__name__, "bits": layer.bits, "group_size": layer.group_size, "dtype": dtype}
+    if layer.input_quantizer is not None:
+        # Reparameterizing a LayerNorm gives a bias to layers that had none.
+        found |= {"input_quantizer": layer.input_quantizer.describe(), "bias": layer.bias is not None}
+    return found
+
+
+def describe_attention(module: nn.Module) -> dict[str, Any]:
+    """The quantizers of a rewritten attention module by point; a point that is float is left out."""
+    product: nn.Module = module.product  # type: ignore[assignment]
+    points = {point: getattr(product, point) for point in POINTS}
+    return {point: q.describe() for point, q in points.items() if isinstance(q, ActivationQuantizer)}
 
 
 def check_written(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -114,11 +131,13 @@ def load(folder: str | Path, model_or_factory: nn.Module | Callable[[], nn.Modul
     config = read_config(folder / CONFIG)
     tensors = read_tensors(folder / TENSORS, config)
     model = model_or_factory if isinstance(model_or_factory, nn.Module) else model_or_factory()
-    layers = new_layers(folder, model, config["layers"])
-    places = match(folder, model, layers, tensors, config["tied"])
-    swap_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
-    for place in places:
-        place.fill()
+    with unchanged_on_error(model):
+        rewrite_as_saved(folder, model, config.get("attention", {}))
+        layers = new_layers(folder, model, config["layers"])
+        places = match(folder, model, layers, tensors, config["tied"])
+        swap_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
+        for place in places:
+            place.fill()
     for name, layer in layers.items():
         layer.float_like = layer.weight_scale.new_empty(0, dtype=getattr(torch, config["layers"][name]["dtype"]))
     return model
@@ -151,6 +170,23 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"load: {path} cannot be used: {error}") from None
 
 
+def rewrite_as_saved(folder: Path, model: nn.Module, wanted: Mapping[str, Any]) -> None:
+    """The saved attention modules, with their quantizers in place."""
+    others = [name for name, _ in model.named_modules() if name not in wanted]
+    rewrite_attention(model, skip=others)
+    for name, points in wanted.items():
+        try:
+            module = model.get_submodule(name)
+            if not isinstance(module, REWRITTEN):
+                raise TypeError(f"{type(module).__name__} cannot be rewritten")
+            for point, description in points.items():
+                device = next(iter(module.state_dict().values())).device
+                quantizer = quantizer_from(description).to("cpu" if device.type == "meta" else device)
+                setattr(module.product, point, quantizer.train(module.training))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"load: {folder / CONFIG} does not fit the model: attention {name!r}: {error}") from None
+
+
 def new_layers(folder: Path, model: nn.Module, wanted: Mapping[str, Any]) -> dict[str, QuantizedLayer]:
     """Empty quantized layers for the float (or already quantized) ones of ``model``."""
     layers: dict[str, QuantizedLayer] = {}
@@ -170,10 +206,19 @@ def new_layers(folder: Path, model: nn.Module, wanted: Mapping[str, Any]) -> dic
                 raise TypeError(f"the model holds {type(module).__name__}, the file {entry['class']}")
             device = cast(Tensor, module.weight).device
             with torch.device("cpu" if device.type == "meta" else device):
-                layers[name] = cls.empty_like(module, entry["bits"], entry["group_size"]).train(module.training)
+                layers[name] = empty_layer(module, entry).train(module.training)
         except (AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"load: {folder / CONFIG} does not fit the model: layer {name!r}: {error}") from None
     return layers
+
+
+def empty_layer(module: nn.Module, entry: Mapping[str, Any]) -> QuantizedLayer:
+    layer = quantized_class(module).empty_like(module, entry["bits"], entry["group_size"])
+    if "input_quantizer" in entry:
+        layer.input_quantizer = quantizer_from(entry["input_quantizer"])
+        if entry["bias"] and layer.bias is None:
+            layer.bias = torch.zeros(len(layer.weight_scale))
+    return layer
 
 
 @dataclass
@@ -226,8 +271,10 @@ def slots(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> list[tuple[
     found: list[tuple[str, nn.Module, str, Tensor]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         owner = cast(nn.Module, new.get(id(module), module))
-        state: dict[str, Tensor | None] = {**owner._parameters, **owner._buffers}
-        for key, old in state.items():
-            if old is not None and key not in owner._non_persistent_buffers_set:
-                found.append((f"{name}.{key}" if name else key, owner, key, old))
+        parts = owner.named_modules(prefix=name) if owner is not module else [(name, owner)]  # its quantizer too
+        for part_name, part in parts:
+            state: dict[str, Tensor | None] = {**part._parameters, **part._buffers}
+            for key, old in state.items():
+                if old is not None and key not in part._non_persistent_buffers_set:
+                    found.append((f"{part_name}.{key}" if part_name else key, part, key, old))
     return found

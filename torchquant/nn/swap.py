@@ -56,3 +56,21 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
         yield
     finally:
         swap_modules(model, {new: old for old, new in replacements.items()})
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """If the with block raises, every module, parameter and buffer is back in its place.
+
+    By reference: what a step changes it replaces, and writes into no tensor that was there before.
+    """
+    owned = ("_modules", "_parameters", "_buffers")
+    before = [(module, {key: dict(module.__dict__[key]) for key in owned}) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, parts in before:
+            for key, values in parts.items():
+                module.__dict__[key].clear()
+                module.__dict__[key].update(values)
+        raise
