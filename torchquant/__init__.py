@@ -8,7 +8,7 @@ from . import (
     solvers,
     statistics,
 )
-from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme
+from .config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme
 from .formats import load, save
 from .memory import estimate_memory
 from .quantize import collect_statistics, quantize_
@@ -26,7 +26,7 @@ from .quantizers import (
     uniform_fit,
     uniform_quantize,
 )
-from .report import LayerReport, Report
+from .report import ActivationReport, LayerReport, Report
 from .solvers import (
     comq_quantize,
     dequantize,
@@ -54,6 +54,8 @@ __all__ = [
     "COMQ",
     "GPTQ",
     "RTN",
+    "ActivationReport",
+    "Activations",
     "Auto",
     "LayerReport",
     "LogQuantizer",
