@@ -20,8 +20,11 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;     // elements a task converts and encodes
-constexpr int64_t kRowsPerChunk = 16;   // of a product
+constexpr int64_t kChunk = 1 << 16;    // elements a task converts and encodes
+constexpr int64_t kRowsPerChunk = 16;  // of a product
+// Up to so many thresholds, comparing with all of them is the fastest; with vectors of 4, up to
+// few.
+constexpr int64_t kMaxCounted = 15, kMaxCountedScalar = 3;
 constexpr int64_t kMaxBuckets = 4096;   // 16 KB: half of the first-level cache
 constexpr int32_t kEnoughCompares = 2;  // finer buckets than this gain nothing
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -100,7 +103,8 @@ Lookup lookup_of(const char* op, const at::Tensor& table) {  // float32 [T], on 
     if (values[t] < kInfinity) lookup.thresholds.push_back(values[t] + 0.0f);  // -0 counts as 0
   }
   lookup.thresholds.push_back(kInfinity);
-  if (lookup.count() <= kSulqMaxCounted) return lookup;
+  if (lookup.count() <= (cpu_tier() == CpuTier::scalar ? kMaxCountedScalar : kMaxCounted))
+    return lookup;
   for (int32_t shift = kFloatMantissa; shift >= 0 && make_buckets(lookup, shift); --shift) {
     if (lookup.compares <= kEnoughCompares) break;
   }

@@ -6,10 +6,9 @@
 
 namespace torchquant {
 
-constexpr int64_t kSulqMaxLevels = 256;  // a code is a byte
-constexpr int64_t kSulqMaxCounted = 15;  // up to so many thresholds, comparing with all is fastest
-constexpr uint8_t kSulqNothing = 255;    // the shift of a level that adds nothing
-constexpr int64_t kSulqMaxShift = 31;    // 2^31 * 2^15 * 2^16 terms: an int64 cannot overflow
+constexpr int64_t kSulqMaxLevels = 256;     // a code is a byte
+constexpr uint8_t kSulqNothing = 255;       // the shift of a level that adds nothing
+constexpr int64_t kSulqMaxShift = 31;       // 2^31 * 2^15 * 2^16 terms: an int64 cannot overflow
 constexpr int64_t kSulqMaxInner = 1 << 16;  // terms of a sum
 
 // x -> codes. With `start` (on the CPU, for many thresholds): bucket = ordered_pattern(x) >>

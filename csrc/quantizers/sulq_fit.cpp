@@ -228,7 +228,7 @@ Table table_of(const Staircase& stairs) {
   Table table = {stairs.eta, {}, {}};
   for (uint32_t first = ordered_pattern(0.0f);;) {
     const double level = stairs.level(float_of_pattern(first));
-    table.exponents.push_back(static_cast<float>(stairs.exponent(level)));
+    table.exponents.push_back(static_cast<float>(stairs.exponent(level)) + 0.0f);  // no -0
     if (stairs.level(largest) == level) return table;
     uint32_t same = first, other = ordered_pattern(largest);
     while (other - same > 1) {
