@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import activations as acts
+from . import views
 from .activations import INPUT, Observations, Site, quantizing_inputs
 from .calibrate import Calibration, calibrating, logger
 from .checkpoint import Checkpoint
@@ -83,6 +85,7 @@ class Run:
     quantizers: dict[str, ActivationQuantizer] = field(default_factory=dict)  # of sites
     stats: dict[str, Stats] = field(default_factory=dict)
     corrected: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # weight [N, K] and bias
+    maps: dict[str, Tensor] = field(default_factory=dict)  # attention of the float model, for the report
     report: Report = field(default_factory=Report)
 
     def open_layers(self) -> dict[str, nn.Module]:
@@ -144,7 +147,10 @@ def preparing(
         run.first_last_bits, run.overrides, run.ignore = first_last_bits, overrides or {}, ignore
         yield run
         run.report = finish(run, wanted, began)
+        run.report.details |= measure(run)
         swap_in(run)
+        after = views.attention_maps(run.model, data, run.attention)
+        run.report.details["attention"] = views.most_changed(run.maps, after)
 
 
 def own_weights(run: Run) -> None:
@@ -202,6 +208,7 @@ def observe(run: Run) -> None:
         if f"{name}.product.softmax" not in run.observed.histograms:
             run.skip(name, type(run.attention[name]).__name__, "calibration never reached it")
     protect_first_and_last(run)
+    run.maps = views.attention_maps(run.model, run.data, run.attention)
 
 
 def protect_first_and_last(run: Run) -> None:
@@ -362,6 +369,12 @@ def finish(run: Run, scheme: Scheme, began: float) -> Report:
     solving = sum(layer.seconds for layer in layers)
     logger.info("%d layers quantized in %.1f s, of which solving %.1f s", len(run.solutions), seconds, solving)
     return Report(layers, seconds, str(scheme), method_name(run.steps), run.seed, details, described)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """What the report draws of activations: the float model is still in place."""
+    layers = {name: (run.targets[name].module, partial(replacement, run, name)) for name in run.solutions}
+    return views.measure(run.model, run.data, layers, run.sites, run.quantizers)
 
 
 def explain_missing(run: Run, seen: Observed, reached: Any) -> None:
