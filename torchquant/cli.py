@@ -59,15 +59,20 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the report (default demo-out)")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="some of the networks")
-    parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), default=[4, 3, 2], metavar="BITS")
+    parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), metavar="BITS", help="widths to try")
+    parser.add_argument("--sr", action="store_true", help="instead: activations of a super-resolution network, in dB")
     parser.add_argument("--quick", action="store_true", help="train for a few steps only: a smoke test")
     parser.set_defaults(run=run_demo)
 
 
 def run_demo(options: argparse.Namespace) -> int:
+    if options.sr:
+        from .demo import compare_super_resolution as sr
+
+        return 0 if sr.run(options.out, bits=options.bits or sr.BITS, quick=options.quick) else 1
     from .demo import run
 
-    return 0 if run(options.out, networks=options.only, bits=options.bits, quick=options.quick) else 1
+    return 0 if run(options.out, networks=options.only, bits=options.bits or [4, 3, 2], quick=options.quick) else 1
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
