@@ -12,6 +12,7 @@ from torchquant.statistics import gram_accumulate_
 from . import peers
 from .bench_activations import ACTIVATIONS, histogram
 from .bench_magr import magr, prox
+from .bench_subset import CHANNELS, subset
 from .bench_sulq import SOFTMAXES, sulq
 from .harness import Contest, Floor, Peer, check, read_run
 from .layers import LARGE, SHAPES, Layer, Shape, label, layer_of, make_weight, product_floor, some_rows
@@ -227,9 +228,11 @@ CASES: dict[str, Callable[[Shape], Contest | Iterator[Contest]] | Callable[[int]
     "prox": prox,
     "histogram": histogram,
     "sulq": sulq,
+    "subset": subset,
     "auto": auto,
 }
-OWN_SHAPES: dict[str, Sequence[Shape]] = {"histogram": ACTIVATIONS, "sulq": SOFTMAXES}  # of cases that have no layer
+# Of cases that have no layer.
+OWN_SHAPES: dict[str, Sequence[Shape]] = {"histogram": ACTIVATIONS, "sulq": SOFTMAXES, "subset": CHANNELS}
 
 
 def contests(case: str, shapes: Sequence[Shape] | None) -> Iterator[Contest]:
