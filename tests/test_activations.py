@@ -11,6 +11,7 @@ from torchquant.activations import (
     Observations,
     Site,
     add_values,
+    attention_error,
     choose_quantizer,
     choose_quantizers,
     describe,
@@ -145,12 +146,33 @@ def test_softmax_uniform_and_auto():
     uniform = softmax_quantizer(found, 4, "uniform")
     assert isinstance(uniform, UniformQuantizer) and uniform.zero_point == 0
     auto = softmax_quantizer(found, 4, "auto")
-    best = min(
-        relative_error(softmax_quantizer(found, 4, name), found) for name in ("sulq", "log2", "log_sqrt2", "uniform")
-    )
-    assert relative_error(auto, found) == pytest.approx(best, rel=1e-6)
+    named = [softmax_quantizer(found, 4, name) for name in ("sulq", "log2", "log_sqrt2", "uniform")]
+    assert attention_error(auto, found) == min(attention_error(quantizer, found) for quantizer in named)
     per_channel = softmax_quantizer(histogram(probabilities, -1), 4, "auto")  # behind no LayerNorm, but on request
     assert per_channel.name == auto.name
+
+
+def attention_like(seed=0):
+    """Rows of softmax weights with a few large and many small ones."""
+    return (2 * torch.randn(400, 36, generator=random(seed))).softmax(-1)
+
+
+@pytest.mark.parametrize(("bits", "names"), [(3, {"sulq", "log2"}), (4, {"log_sqrt2"}), (8, {"uniform"})])
+def test_auto_is_chosen_by_the_error_of_what_attention_gives(bits, names):
+    weights = attention_like()
+    found = histogram(weights)
+    auto = softmax_quantizer(found, bits, "auto")
+    assert auto.name in names
+    values = torch.randn(36, 64, generator=random(1)) + torch.randn(64, generator=random(2))  # means as large as spread
+
+    def error(quantizer):
+        return float(((quantizer(weights) - weights) @ values).square().mean())
+
+    others = [error(softmax_quantizer(found, bits, name)) for name in ("sulq", "log2", "log_sqrt2", "uniform")]
+    assert error(auto) <= 1.15 * min(others)
+    change = auto(weights) - weights
+    wanted = float(change.square().mean()) + 36 * float(change.mean()) ** 2
+    assert attention_error(auto, found) == pytest.approx(wanted, rel=0.05 if bits < 8 else 0.3)  # steps as fine as bins
 
 
 @pytest.mark.parametrize("axis", [None, -1])

@@ -171,6 +171,17 @@ def test_norms_are_reparameterized_and_layers_without_bias_get_one():
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_layers_behind_one_norm_with_schemes_of_their_own():
+    for scheme, bits in (("W4A6", 6), ("W4A16", None)):
+        model, inputs = build("torchvision ViT")
+        wanted = output(model, inputs)
+        name = "encoder.layers.encoder_layer_0.self_attention.q_proj"
+        run(model, "W8A8", [inputs], overrides={name: scheme})
+        quantizer = model.get_submodule(name).input_quantizer
+        assert quantizer.bits == bits if bits else quantizer is None
+        assert distance(output(model, inputs), wanted) < 0.1
+
+
 def test_first_and_last_layer():
     def schemes(**options):
         report = run(make(), "W4A4", rows(), **options)

@@ -155,6 +155,34 @@ def test_reparameterizing_what_was_found_keeps_the_function():
     assert not torch.equal(model.first.weight, before.first.weight)
 
 
+def shared_quantizers(**others):
+    same = {name: UniformQuantizer(4, torch.linspace(0.1, 1.0, CHANNELS), torch.arange(CHANNELS) % 7) for name in "qv"}
+    return same | others
+
+
+def test_layers_behind_one_norm_share_its_quantizer_or_it_stays():
+    model, x = Block().eval(), tokens()
+    weight = model.first.weight
+    for other in (
+        UniformQuantizer(6, torch.linspace(0.1, 1.0, CHANNELS), torch.arange(CHANNELS) % 7),
+        UniformQuantizer(4, torch.linspace(0.2, 1.0, CHANNELS), torch.arange(CHANNELS) % 7),
+        UniformQuantizer(4, torch.tensor(0.1), torch.tensor(3.0)),
+    ):
+        quantizers = shared_quantizers(v=other)
+        assert not reparameterize_all(find(model, x), quantizers)
+        assert quantizers["v"] is other and model.first.weight is weight
+
+
+def test_a_layer_with_float_inputs_behind_the_same_norm_absorbs_too():
+    model, x = Block().eval(), tokens()
+    before, quantizers = copy.deepcopy(model), shared_quantizers()
+    del quantizers["v"]
+    assert reparameterize_all(find(model, x), quantizers) == {"first": ["q", "v"]}
+    assert set(quantizers) == {"q"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before(x), rtol=1e-4, atol=1e-4)
+
+
 class Unsound(nn.Module):
     """One module for each reason why a LayerNorm must stay."""
 

@@ -99,8 +99,9 @@ class Activations(_Versioned):
         range: how a static range is chosen from the calibration's histogram: "minmax", "percentile", "mse" (least
             squared error) or "entropy".
         percentile: of range="percentile": the share of values that is not cut off at each end.
-        softmax: quantizer of the softmax's output: "sulq", "log2", "log_sqrt2", "uniform", or "auto": the one with the
-            least squared error, per attention module.
+        softmax: quantizer of the softmax's output: "sulq", "log2", "log_sqrt2", "uniform", or "auto": in each attention
+            the one with the least expected error of the attention's output (at 3 bits mostly log2 or sulq, at 4
+            log_sqrt2, from 6 on uniform).
         reparameterize: quantize the outputs of LayerNorms per channel and move the differences of the scales into the
             LayerNorm and the layers that follow, where these alone receive them.
         dynamic: take ranges from each input at run time (softmax outputs excepted).

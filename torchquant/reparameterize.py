@@ -189,16 +189,19 @@ def like(parameter: Tensor, values: Tensor) -> nn.Parameter:
 
 
 def reparameterize_all(norms: Mapping[str, Norm], quantizers: dict[str, ActivationQuantizer]) -> dict[str, list[str]]:
-    """Every LayerNorm whose layers have per-channel quantizers; those are replaced in ``quantizers``.
+    """Every LayerNorm whose quantized layers share one per-channel quantizer; they are replaced in ``quantizers``.
 
-    Returns the names of the layers by LayerNorm.
+    Layers without a quantizer take part with their weights. Returns the layers by LayerNorm.
     """
     done: dict[str, list[str]] = {}
     for name, norm in norms.items():
-        first = quantizers.get(next(iter(norm.layers), ""))
+        own = {layer: quantizers[layer] for layer in norm.layers if layer in quantizers}
+        first = next(iter(own.values()), None)
         if norm.reason or not isinstance(first, UniformQuantizer) or first.scale.dim() != 1:
+            continue
+        if not all(first.same_as(other) for other in own.values()):
             continue
         shared = reparameterize(norm, first)
         done[name] = list(norm.layers)
-        quantizers.update({layer: shared.copy() for layer in norm.layers})
+        quantizers.update({layer: shared.copy() for layer in own})
     return done

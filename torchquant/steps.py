@@ -41,20 +41,10 @@ from .selection import Target, select, select_attention, skipped_report
 from .solve import Solution, correct, solve, weight_histogram
 
 __all__ = [
-    "Run",
-    "add_solution",
-    "choose_quantizers",
-    "collect_inputs",
-    "correct_weights",
-    "observe",
-    "own_weights",
-    "preparing",
-    "quantizing_inputs",
-    "reparameterize_layernorms",
-    "rewrite_attention",
-    "solve_weights",
+    "Run", "add_solution", "choose_quantizers", "collect_inputs", "correct_weights", "observe", "own_weights",
+    "preparing", "quantizing_inputs", "reparameterize_layernorms", "rewrite_attention", "solve_weights",
     "unchanged_on_error",
-]
+]  # fmt: skip
 
 
 @dataclass
@@ -232,6 +222,8 @@ def choose_quantizers(run: Run) -> None:
 
 def reparameterize_layernorms(run: Run) -> dict[str, list[str]]:
     """One range for every LayerNorm's output, with the channels' own ranges absorbed; LayerNorm -> layers."""
+    if not run.activations.reparameterize:
+        return {}
     done = reparameterize_all(run.observed.norms, run.quantizers)
     for name, norm in run.observed.norms.items():
         if norm.reason:

@@ -47,6 +47,13 @@ class ActivationQuantizer(nn.Module):
     def copy(self: Quantizer) -> Quantizer:
         return copy.deepcopy(self)
 
+    @torch.jit.ignore
+    def same_as(self, other: "ActivationQuantizer") -> bool:
+        """Same class, settings and buffers."""
+        if self.describe() != other.describe():
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self.buffers(), other.buffers(), strict=True))
+
     def describe(self) -> dict[str, Any]:
         shapes = {key: list(value.shape) for key, value in self.named_buffers()}
         return {"class": type(self).__name__, **{key: getattr(self, key) for key in self.settings}, "shapes": shapes}
