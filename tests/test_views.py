@@ -127,13 +127,13 @@ def test_nothing_is_measured_without_samples():
 def test_a_model_that_takes_no_single_sample_is_quantized_without_figures(caplog):
     class Whole(nn.Module):
         def forward(self, x):
-            assert len(x) == 4, "four at a time"
+            assert len(x) == 9, "nine at a time"
             return x
 
     model = Whole()
     sites = {"": Site("", "input", 4, model)}
-    assert views.measure(model, Calibration([torch.zeros(4, 2)]), {}, sites, {"": uniform()}) == {}
-    assert "no figures of activations: AssertionError: four at a time" in caplog.text
+    assert views.measure(model, Calibration([torch.zeros(9, 2)]), {}, sites, {"": uniform()}) == {}
+    assert "no figures of activations: AssertionError: nine at a time" in caplog.text
 
 
 def test_quantize_fills_the_details():
