@@ -52,7 +52,8 @@ METHODS: dict[str, Method] = {
 ABOUT = {
     "min-max": "uniform activations, the least and the largest value of each layer",
     "percentile": f"uniform activations, quantiles {1 - PERCENTILE:.1%} and {PERCENTILE:.1%} of each layer",
-    PUBLISHED: f"levels by the published k-means, no uniform levels, {KMEANS_VALUES} values a channel",
+    PUBLISHED: f"levels by the published k-means, no uniform levels, {KMEANS_VALUES} values a channel, "
+    f"up to {KMEANS_MOST_BITS} bits",
     "DFSQ, static": "normalization from the calibration data instead of each picture's own",
     "DFSQ": "the best levels by shortest path, uniform ones where they are better",
     "DFSQ, gptq+comq": "the same, weights by GPTQ and COMQ instead of rounding",
@@ -139,18 +140,19 @@ def selection_check(model: nn.Module, calibration: Tensor, published: Result) ->
 
 
 def quality_table(floats: dict[str, dict[str, float]], results: Sequence[Result]) -> Table:
-    columns = ["method", "bits", "PSNR dB", "below float", "SSIM", "seconds", ""]
+    columns = ["method", "bits", "PSNR dB", "below float", "SSIM", "seconds"]
     base = floats["float"]["PSNR"]
     rows = [
-        [name, "32", f"{f['PSNR']:.3f}", f"{base - f['PSNR']:.3f}", f"{f['SSIM']:.4f}", "", ""]
+        [name, "32", f"{f['PSNR']:.3f}", f"{base - f['PSNR']:.3f}", f"{f['SSIM']:.4f}", ""]
         for name, f in floats.items()
     ]
     for r in results:
         figures = [f"{r.figures['PSNR']:.3f}", f"{base - r.figures['PSNR']:.3f}", f"{r.figures['SSIM']:.4f}"]
-        rows.append([r.method, str(r.bits), *figures, f"{r.seconds:.1f}", ABOUT[r.method]])
+        rows.append([r.method, str(r.bits), *figures, f"{r.seconds:.1f}"])
     about = (
         f"{sr.PROTOCOL}. EDSR with {sr.CHANNELS} channels and {sr.BLOCKS} blocks; weights and inputs of the body's "
-        "convolutions have the given bits, head, upsampler and tail are float."
+        "convolutions have the given bits, head, upsampler and tail are float; weights are rounded unless a row says "
+        f"otherwise. {'. '.join(f'{name}: {text}' for name, text in ABOUT.items())}."
     )
     return Table("Super-resolution", columns, rows, about)
 
