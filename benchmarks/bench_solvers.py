@@ -11,6 +11,7 @@ from torchquant.statistics import gram_accumulate_
 
 from . import peers
 from .bench_activations import ACTIVATIONS, histogram
+from .bench_erq import erq
 from .bench_magr import magr, prox
 from .bench_subset import CHANNELS, subset
 from .bench_sulq import SOFTMAXES, sulq
@@ -226,6 +227,7 @@ CASES: dict[str, Callable[[Shape], Contest | Iterator[Contest]] | Callable[[int]
     "gptq": gptq,
     "magr": magr,
     "prox": prox,
+    "erq": erq,
     "histogram": histogram,
     "sulq": sulq,
     "subset": subset,

@@ -23,7 +23,7 @@ def test_every_shaped_case_runs_and_is_written_between_the_markers(tmp_path: Pat
 
     page, data = tmp_path / "page.md", tmp_path / "data.json"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    cases = ["gram", "comq", "greedy", "comq-default", "gptq", "magr", "prox", "histogram", "sulq", "subset"]
+    cases = ["gram", "comq", "greedy", "comq-default", "gptq", "magr", "prox", "erq", "histogram", "sulq", "subset"]
     assert main([*cases, "--shape", "40x24", "--rounds", "2", "--write", str(page), "--json", str(data)]) == 0
 
     text = page.read_text()

@@ -32,7 +32,7 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 96;
+constexpr int64_t kRowsPerChunk = 192;
 constexpr double kDefaultShrink[] = {1.0, 0.9, 0.8, 0.65, 0.5};
 
 enum class Refine { best, gradient, none };

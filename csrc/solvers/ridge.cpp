@@ -1,7 +1,8 @@
 // Aqer of ERQ (arXiv 2407.06794): the float weight that answers best for quantized inputs. With
 // H = X~^T X~ and C = X~^T X of the quantized inputs X~ and the float ones X,
 //   min_D |X W^T - X~ (W + D)^T|^2 + l |D|^2   has   D (H + l I) = W (C - H)^T.
-// Everything is in float64: C - H cancels, and small ridges leave the condition of H.
+// In float64: small ridges leave the condition of H, and LAPACK's last bits, which depend on the
+// number of threads, then hardly ever reach the float32 result.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -30,7 +31,7 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 96;
+constexpr int64_t kRowsPerChunk = 192;
 constexpr int kRaises = 3;             // how often a ridge that is too small is raised tenfold
 constexpr double kFirstRaised = 1e-6;  // at least
 
@@ -55,7 +56,7 @@ at::Tensor checked_gram(const char* op, const char* argument, const at::Tensor& 
   check_same_device(op, argument, matrix, gram);
   check_finite(op, argument, matrix);
   const int64_t problems = gram.dim() == 3 ? gram.size(0) : 1, columns = gram.size(-1);
-  return matrix.reshape({problems, columns, columns}).to(at::kDouble).contiguous();
+  return matrix.reshape({problems, columns, columns}).contiguous();
 }
 
 RidgeProblem ridge_problem(const char* op, const at::Tensor& weight, const at::Tensor& gram,
@@ -71,7 +72,8 @@ RidgeProblem ridge_problem(const char* op, const at::Tensor& weight, const at::T
   RidgeProblem p;
   p.weight = weight.to(at::kDouble).contiguous().view({B, n, K});
   p.gram = checked_gram(op, "gram", gram, gram);
-  p.change = checked_gram(op, "cross", cross, gram) - p.gram;
+  p.change = checked_gram(op, "cross", cross, gram).sub(p.gram).to(at::kDouble);
+  p.gram = p.gram.to(at::kDouble);
   const at::Tensor inputs = p.gram.diagonal(0, 1, 2).narrow(1, 0, bias.column ? K - 1 : K);
   const at::Tensor mean = inputs.size(1) > 0 ? inputs.mean(-1, true) : inputs.sum(-1, true);
   p.unit = at::where(mean.gt(0), mean, at::ones_like(mean));

@@ -64,7 +64,7 @@ def test_equals_the_stacked_regression(place, ridge, bias):
     weight = heavy_tailed(7, inputs.x.shape[1])
     got = ridge_update(weight.to(place), inputs.gram.to(place), inputs.cross.to(place), ridge=ridge, **options)
     amounts = penalty(inputs, ridge, **options)
-    torch.testing.assert_close(got.cpu(), stacked(weight, inputs, amounts).float(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.cpu(), stacked(weight, inputs, amounts).float(), rtol=1e-5, atol=2e-7)
     change = got.cpu().double() - weight.double()
     residual = change @ (inputs.gram + torch.diag(amounts)) - weight.double() @ (inputs.cross - inputs.gram).T
     assert residual.abs().max() < 1e-5 * (weight.double() @ inputs.cross.T).abs().max()

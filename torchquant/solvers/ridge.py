@@ -35,7 +35,7 @@ def ridge_update(
         penalize_bias: the ridge holds the bias back too, as in the released code.
 
     Returns:
-        float32 ``[N, K]``; the same for any number of threads.
+        float32 ``[N, K]``; computed in float64, so that the number of threads hardly ever reaches a last bit.
 
     Raises:
         ValueError: wrong shape, device or option, a NaN or Inf, or a gram that is no Gram. TypeError: wrong dtype.
