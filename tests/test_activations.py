@@ -86,6 +86,34 @@ def test_one_pass_shows_histograms_order_and_norms():
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+class Siblings(nn.Module):
+    """q and k receive one tensor; v receives it too, but for what ``apart`` says of the second call."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(CHANNELS, 4) for _ in range(3))
+        self.apart, self.calls = apart, 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.q(x) + self.k(x)
+        if self.calls % 2 == 1 or self.apart == "never":
+            return y + self.v(x)
+        return y if self.apart == "not called" else y + self.v(2 * x)
+
+
+@pytest.mark.parametrize(("apart", "factor"), [("never", 1), ("another tensor", 2), ("not called", 0)])
+def test_siblings_share_a_histogram_while_they_see_the_same(apart, factor):
+    model = Siblings(apart)
+    layers = dict(model.named_children())
+    sites = {name: Site(name, "input", 4, module) for name, module in layers.items()}
+    found = observe(model, sites, layers, Calibration(iter([values(0), values(1)]))).histograms
+    assert (found["v"] is found["q"]) == (apart == "never")
+    assert torch.equal(found["q"], found["k"])
+    assert torch.equal(found["q"][0], histogram(torch.cat([values(0), values(1)]))[0])
+    assert found["v"][1].sum() == pytest.approx(float((values(0) + factor * values(1)).double().sum()), rel=1e-5)
+
+
 def test_a_histogram_for_each_channel_on_request():
     _, sites, found, _ = observed(granularity="channel")
     assert [found.histograms[name].shape[0] for name in ("conv", "fc", "head")] == [3, CHANNELS, 4]

@@ -161,7 +161,7 @@ def test_norms_are_reparameterized_and_layers_without_bias_get_one():
     with torch.no_grad():
         model.norm.weight[:3] *= 30
     before = copy.deepcopy(model)
-    run(model, "W8A4", xs)
+    report = run(model, "W8A4", xs)
     assert model.second.input_quantizer.scale.dim() == 0 and model.second.bias is not None
     spread = copy.deepcopy(before)
     run(spread, "W8A4", xs, activations=Activations(reparameterize=False))
@@ -169,6 +169,13 @@ def test_norms_are_reparameterized_and_layers_without_bias_get_one():
     with torch.no_grad():
         errors = [distance(m(xs[0]), before(xs[0])) for m in (model, spread)]
     assert errors[0] < 0.8 * errors[1]
+    # The report's error is that of the LayerNorm's output as it was: x = r x' - d.
+    with torch.no_grad():
+        hidden = before.first(torch.cat(xs))
+        x, moved = before.norm(hidden), model.norm(hidden)
+        ratio = before.norm.weight / model.norm.weight
+        values = model.second.input_quantizer(moved) * ratio - (model.norm.bias * ratio - before.norm.bias)
+    assert report.activation("second").error == pytest.approx(distance(values, x), rel=0.03)
 
 
 def test_layers_behind_one_norm_with_schemes_of_their_own():

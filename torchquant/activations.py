@@ -1,6 +1,7 @@
 """Where activations are quantized, what the calibration shows of them, and which quantizers follow from that."""
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Calibration
-from .collect import Observed, check_finite, hooked, input_of, observing
+from .calibrate import Calibration, logger
+from .collect import Observed, SharingBroken, check_finite, hooked, input_of, observing
 from .config import SOFTMAX, Activations
 from .nn import layout
 from .nn.attention import POINTS
@@ -75,22 +76,74 @@ def observe(
 
     A site has one histogram per channel when a LayerNorm's output enters it, or under ``granularity="channel"``.
     """
-    found = Observations()
-    with observing(model, layers) as found.seen, tracing_norms(model, layers) as trace:
+    data.keep()
+    for share in (True, False):
+        found = Observations()
+        try:
+            with observing(model, layers) as found.seen, tracing_norms(model, layers) as trace:
+                counter = Counter(found.histograms, sites, trace, granularity, share=share)
+                with hooked({name: site.module for name, site in sites.items()}, counter.hook):
+                    data.run(model)
+            counter.finish()
+            found.norms = trace.finish()
+            return found
+        except SharingBroken as broken:
+            logger.info("calibration: %s stopped sharing its inputs; again with one histogram a site", broken)
+    raise AssertionError("unreachable: without sharing nothing breaks")
 
-        def count(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = input_of(name, args, kwargs).detach()
-            if x.numel() > 0:
-                add_values(found.histograms, sites[name], x, granularity == "channel" or from_norm(trace, x))
 
-        with hooked({name: site.module for name, site in sites.items()}, count):
-            data.run(model)
-    found.norms = trace.finish()
-    return found
+class Counter:
+    """Counts what enters sites. Siblings that receive the very same tensor (q, k, v) share one histogram: those behind
+    LayerNorms are large. The first call decides who shares; SharingBroken is raised where they go separate ways."""
+
+    def __init__(
+        self,
+        histograms: dict[str, Tensor],
+        sites: Mapping[str, Site],
+        trace: NormTrace,
+        granularity: str,
+        *,
+        share: bool,
+    ) -> None:
+        self.histograms, self.sites, self.trace, self.granularity = histograms, sites, trace, granularity
+        self.share = share
+        # The last tensor, its version, and the site that counted it.
+        self.counted: tuple[weakref.ref[Tensor], int, str] | None = None
+        self.partners: dict[str, str] = {}
+        self.calls: dict[str, int] = {}
+
+    def hook(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = input_of(name, args, kwargs)
+        if x.numel() == 0:
+            return
+        self.calls[name] = self.calls.get(name, 0) + 1
+        other = self.counted_by(name, x)
+        if other and self.calls[name] == 1:
+            self.histograms[name], self.partners[name] = self.histograms[other], other
+        if name in self.partners:
+            if other != self.partners[name]:
+                raise SharingBroken(name)
+            return
+        per_channel = self.granularity == "channel" or self.trace.origin(x) is not None
+        add_values(self.histograms, self.sites[name], x.detach(), per_channel)
+        self.counted = weakref.ref(x), version_of(x), name
+
+    def counted_by(self, name: str, x: Tensor) -> str:
+        """The site that has just counted this very tensor; empty when there is none."""
+        if not self.share or self.counted is None:
+            return ""
+        tensor, version, other = self.counted
+        same = tensor() is x and version == version_of(x) and self.sites[other].axis == self.sites[name].axis
+        return other if same else ""
+
+    def finish(self) -> None:
+        for name, other in self.partners.items():
+            if self.calls[name] != self.calls[other]:
+                raise SharingBroken(name)
 
 
-def from_norm(trace: NormTrace, x: Tensor) -> bool:
-    return trace.origin(x) is not None
+def version_of(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def add_values(histograms: dict[str, Tensor], site: Site, x: Tensor, per_channel: bool) -> None:
@@ -210,10 +263,13 @@ def relative_error(quantizer: ActivationQuantizer, histogram: Tensor) -> float:
     return math.sqrt(max(float(error), 0.0) / energy) if energy > 0 else 0.0
 
 
-def describe(site: Site, quantizer: ActivationQuantizer, histogram: Tensor | None) -> ActivationReport:
-    """What the report says of one site."""
+def describe(
+    site: Site, quantizer: ActivationQuantizer, histogram: Tensor | None, observed_by: ActivationQuantizer | None = None
+) -> ActivationReport:
+    """What the report says of one site. ``observed_by``: the quantizer of what was observed, where a LayerNorm was
+    reparameterized since."""
     low, high = quantizer.bounds()
-    error = math.nan if histogram is None else relative_error(quantizer, histogram)
+    error = math.nan if histogram is None else relative_error(observed_by or quantizer, histogram)
     return ActivationReport(site.name, site.kind, quantizer.name, quantizer.bits, low, high, error)
 
 

@@ -73,6 +73,7 @@ class Run:
     sites: dict[str, Site] = field(default_factory=dict)
     observed: Observations = field(default_factory=Observations)
     quantizers: dict[str, ActivationQuantizer] = field(default_factory=dict)  # of sites
+    per_channel: dict[str, ActivationQuantizer] = field(default_factory=dict)  # before LayerNorms were reparameterized
     stats: dict[str, Stats] = field(default_factory=dict)
     corrected: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # weight [N, K] and bias
     maps: dict[str, Tensor] = field(default_factory=dict)  # attention of the float model, for the report
@@ -224,7 +225,9 @@ def reparameterize_layernorms(run: Run) -> dict[str, list[str]]:
     """One range for every LayerNorm's output, with the channels' own ranges absorbed; LayerNorm -> layers."""
     if not run.activations.reparameterize:
         return {}
+    before = dict(run.quantizers)
     done = reparameterize_all(run.observed.norms, run.quantizers)
+    run.per_channel |= {name: before[name] for layers in done.values() for name in layers if name in before}
     for name, norm in run.observed.norms.items():
         if norm.reason:
             logger.info("%s is not reparameterized: %s", name, norm.reason)
@@ -354,7 +357,7 @@ def finish(run: Run, scheme: Scheme, began: float) -> Report:
         "magr": {name: list(found.largest) for name, found in run.solutions.items() if found.largest},
     }
     described = [
-        acts.describe(run.sites[name], quantizer, run.observed.histograms.get(name))
+        acts.describe(run.sites[name], quantizer, run.observed.histograms.get(name), run.per_channel.get(name))
         for name, quantizer in sorted(run.quantizers.items(), key=lambda item: order.get(item[0], len(order)))
     ]
     seconds = time.perf_counter() - began
