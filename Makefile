@@ -18,7 +18,7 @@ export TORCHQUANT_CMAKE_ARGS := -DTORCHQUANT_WERROR=$(WERROR)
 .PHONY: help demo test lint bench cuda-check sanitize build clean
 help:
 	@echo "make demo        quantize three real networks, print the tables, write demo-out/report.html (under 8 minutes on 2 cores)"
-	@echo "make test        Python and C++ tests"
+	@echo "make test        Python and C++ tests, and the notebooks on small data"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make bench       operators against peers and hardware floors (benchmarks/README.md)"
 	@echo "make cuda-check  compile every CUDA file for sm_80 and sm_90, no GPU needed"
@@ -30,7 +30,7 @@ demo: $(VENV)/demo.stamp build
 
 test: $(VENV)/test.stamp gtest
 	TORCHQUANT_CMAKE_ARGS="$$TORCHQUANT_CMAKE_ARGS -DTORCHQUANT_TESTS=ON" $(BUILD)
-	$(BIN)/python -m pytest tests
+	TORCHQUANT_QUICK=1 $(BIN)/python -m pytest --nbmake tests examples
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
