@@ -55,11 +55,16 @@ def test_training_is_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_the_vit_learns():
-    trained_one = glyph_vit.train(small_vit, steps=120, seed=1, rate=1e-2)
-    pictures, labels = glyphs.pictures(256, generator(9))
+def test_the_vit_learns(monkeypatch):
+    monkeypatch.setattr(glyphs, "CHARACTERS", "AX-")  # the whole task takes minutes
+    glyphs.atlas.cache_clear()
+    try:
+        trained_one = glyph_vit.train(small_vit, steps=60, seed=1, rate=3e-3)
+        pictures, labels = glyphs.pictures(256, generator(9), judging=True)
+    finally:
+        glyphs.atlas.cache_clear()
     with torch.no_grad():
-        assert nn.functional.cross_entropy(trained_one(pictures), labels) < 4.0  # log 77 = 4.34
+        assert (trained_one(pictures).argmax(1) == labels).float().mean() > 0.7
 
 
 def test_a_network_is_trained_once(tmp_path):
