@@ -61,6 +61,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="some of the networks")
     parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), metavar="BITS", help="widths to try")
     parser.add_argument("--sr", action="store_true", help="instead: activations of a super-resolution network, in dB")
+    parser.add_argument("--vit", action="store_true", help="instead: a vision transformer at W3A3 and W4A4")
     parser.add_argument("--quick", action="store_true", help="train for a few steps only: a smoke test")
     parser.set_defaults(run=run_demo)
 
@@ -70,6 +71,12 @@ def run_demo(options: argparse.Namespace) -> int:
         from .demo import compare_super_resolution as sr
 
         return 0 if sr.run(options.out, bits=options.bits or sr.BITS, quick=options.quick) else 1
+    if options.vit:
+        from .demo import compare_vit as vit
+
+        return (
+            0 if vit.run(options.out, schemes=[f"W{b}A{b}" for b in options.bits or (3, 4)], quick=options.quick) else 1
+        )
     from .demo import run
 
     return 0 if run(options.out, networks=options.only, bits=options.bits or [4, 3, 2], quick=options.quick) else 1

@@ -122,10 +122,10 @@ def costs(results: Sequence[Result]) -> list[str]:
     return [f"{ratio:.3f}", f"{worse} of {len(layers)}", f"{seconds:.2f}", f"{results[0].report.bytes_after / 1e3:.0f}"]
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 @dataclass

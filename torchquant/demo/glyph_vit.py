@@ -15,7 +15,7 @@ from .trained import content_key, trained
 PATCH = 4
 STEPS = 2600
 BATCH = 64
-CALIBRATION = 128  # pictures, in the faces that were trained on
+CALIBRATION = 512  # pictures, in the faces that were trained on
 JUDGED = 4000  # pictures, in faces that were not
 JUDGED_SEED = 1_000_003  # the same pictures judge every network
 
