@@ -74,9 +74,8 @@ def run_demo(options: argparse.Namespace) -> int:
     if options.vit:
         from .demo import compare_vit as vit
 
-        return (
-            0 if vit.run(options.out, schemes=[f"W{b}A{b}" for b in options.bits or (3, 4)], quick=options.quick) else 1
-        )
+        schemes = [f"W{bits}A{bits}" for bits in options.bits or (3, 4)]
+        return 0 if vit.run(options.out, schemes=schemes, quick=options.quick) else 1
     from .demo import run
 
     return 0 if run(options.out, networks=options.only, bits=options.bits or [4, 3, 2], quick=options.quick) else 1

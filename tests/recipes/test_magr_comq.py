@@ -31,6 +31,12 @@ def test_it_beats_rounding(scheme):
     assert report.mean_ratio() < 0.8
 
 
+def test_with_quantized_activations():
+    report = magr_comq(network(), inputs(), "W3A8", progress=False)
+    assert report.not_ok == 0 and report.mean_ratio() < 0.9
+    assert {(a.name, a.bits) for a in report.activations} == {("0", 8), ("2", 8), ("4", 8)}
+
+
 def test_magr_lowers_the_largest_magnitudes():
     report = magr_comq(network(), inputs(), "W3A16", progress=False)
     assert all(after < before for before, after in report.details["magr"].values())

@@ -42,7 +42,8 @@ def magr_comq(
     Args:
         model: any module with linear or convolution layers.
         calib: calibration data, as for :func:`torchquant.quantize_`.
-        scheme: ``"W4A16"``, ``"W2A16g128"`` ...
+        scheme: ``"W4A16"``, ``"W2A16g128"`` ...; ``"W4A4"``, ``"W4A8"`` ... quantize activations too, as
+            :func:`torchquant.quantize_` does by default.
         alpha: None: the paper's 1e-3 for whole rows, 1e-4 for groups. Relative to the Gram's largest eigenvalue.
         sweeps: passes of COMQ. None: 3, and 30 at 2 bits, as many as MagR's paper spends on coordinate descent there.
         overrides, ignore, inputs, seed, progress: as for :func:`torchquant.quantize_`.
