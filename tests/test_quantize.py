@@ -5,69 +5,14 @@ import logging
 
 import pytest
 import torch
+from small_models import Cnn, Mlp, assert_unchanged, distance, make, pictures, rows, run
 from torch import nn
 
 import torchquant
-from torchquant import checkpoint as checkpoints
-from torchquant import steps
 from torchquant.config import COMQ, GPTQ, RTN, Auto, MagR, Scheme
-from torchquant.nn import QConv1d, QConv2d, QConvTranspose2d, QLinear, QuantizedLayer
-from torchquant.quantize import quantize_
+from torchquant.nn import QConv1d, QConv2d, QConvTranspose2d, QLinear
 
 METHODS = ["rtn", "comq", "gptq", "gptq+comq", "magr+comq", "magr+gptq+comq", "magr+rtn", "auto"]
-
-
-class Mlp(nn.Module):
-    """Correlated inputs, so that methods differ."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(24, 24), nn.GELU()) for _ in range(3)))
-        self.head = nn.Linear(24, 5)
-
-    def forward(self, x):
-        return self.head(self.blocks(x))
-
-
-class Cnn(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.grouped = nn.Conv2d(8, 12, 3, padding="same", groups=4)
-        self.up = nn.ConvTranspose2d(12, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
-        self.line = nn.Conv1d(6, 4, 3, padding=1)
-
-    def forward(self, x):
-        x = self.up(torch.relu(self.grouped(torch.relu(self.depthwise(torch.relu(self.stem(x)))))))
-        return self.line(x.flatten(2))
-
-
-def make(cls, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return cls()
-
-
-def rows(count=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(24, 24, generator=generator) * torch.logspace(0, -1.5, 24)
-    return [torch.randn(32, 24, generator=generator) @ mix for _ in range(count)]
-
-
-def pictures(count=2):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(count)]
-
-
-def run(model, scheme, calib=None, **options):
-    return quantize_(model, scheme, calib, progress=False, **options)
-
-
-def distance(model, other, xs):
-    with torch.no_grad():
-        pairs = [(model(x), other(x)) for x in xs]
-    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -359,136 +304,6 @@ def test_parametrized_weight():
 def test_strict():
     model = make(Functional)
     assert_unchanged(model, "strict: 3 would stay in floating point: .*idle", calib=rows(), strict=True)
-
-
-# --- failures ---
-
-
-def assert_unchanged(model, message, error=ValueError, **options):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    modules, flags = list(model.modules()), [module.training for module in model.modules()]
-    with pytest.raises(error, match=message):
-        quantize_(model, options.pop("scheme", "W4A16"), options.pop("calib", None), progress=False, **options)
-    assert list(model.modules()) == modules and [module.training for module in model.modules()] == flags
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "method 'auto' needs calibration data; only 'rtn' goes without"),
-        ({"calib": []}, "calibration reached no layer with a single token: is calib empty"),
-        ({"calib": [], "inputs": "quantized"}, "calibration reached no layer with a single token"),
-        ({"calib": [torch.zeros(0, 24)]}, "calibration reached no layer with a single token"),
-        ({"calib": [torch.full((2, 24), float("nan"))]}, "the input of layer 'blocks.0.0' holds NaN or Inf"),
-        ({"calib": 5}, "calib: expected a DataLoader"),
-        ({"inputs": "both"}, "inputs must be one of float, quantized, got 'both'"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"scheme": "W4A8", "method": "rtn"}, "activations \\(W4A8\\) need calibration data, got none"),
-        ({"method": "awq"}, "unknown step 'awq'"),
-        ({"method": "rtn", "ignore": ["tail"]}, "ignore: 'tail' matches no layer; .* layers: blocks.0.0, blocks.1.0"),
-        ({"method": "rtn", "overrides": {"re:x.*": "W4A16"}}, "overrides: 're:x.*' matches no layer"),
-        ({"method": "rtn", "overrides": {"GELU": "W4A16"}}, "overrides: 'GELU' matches no layer"),
-        ({"method": "rtn", "overrides": {"re:(": None}}, "overrides: 're:\\(' is not a regular expression"),
-        ({"method": "rtn", "overrides": {"head": "4bit"}}, "Scheme: expected W<bits>A<bits>"),
-        ({"method": "rtn", "ignore": "head"}, "ignore must be a sequence of patterns, got the string 'head'"),
-    ],
-)
-def test_wrong_arguments(options, message):
-    assert_unchanged(make(Mlp), message, **options)
-
-
-def test_root_layer_nothing_to_do_and_meta():
-    assert_unchanged(nn.Linear(4, 4), "the model is itself a Linear .* wrap it in nn.Sequential", method="rtn")
-    assert_unchanged(nn.Sequential(nn.ReLU()), "Sequential has no layer to quantize", method="rtn")
-    with torch.device("meta"), pytest.raises(ValueError, match="the weight of 0 is on the meta device"):
-        run(nn.Sequential(nn.Linear(4, 4)), "W4A16", method="rtn")
-
-
-@pytest.mark.parametrize("inputs", ["float", "quantized"])
-def test_a_failure_half_way_changes_nothing(monkeypatch, inputs):
-    calls = []
-    solve = steps.solve
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of luck")
-        return solve(*arguments)
-
-    monkeypatch.setattr(steps, "solve", failing)
-    options = {"calib": rows(), "inputs": inputs, "method": "comq", "error": RuntimeError}
-    assert_unchanged(make(Mlp), "layer 'blocks.2.0': out of luck", **options)
-
-
-def test_bad_weight_names_the_layer():
-    model = make(Mlp)
-    with torch.no_grad():
-        model.head.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 'head': .*(NaN|finite)"):
-        run(model, "W4A16", method="rtn")
-
-
-# --- resume ---
-
-
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("inputs", ["float", "quantized"])
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch, inputs):
-    whole = make(Mlp)
-    run(whole, "W3A16", rows(), inputs=inputs)
-    solved = []
-    solve_layer = steps.solve_layer
-
-    def counting(run_, target, stats):
-        if len(solved) == 2:
-            raise Stop
-        solve_layer(run_, target, stats)
-        solved.append(target.name)
-
-    options = {"inputs": inputs, "checkpoint_dir": tmp_path / "run"}
-    monkeypatch.setattr(steps, "solve_layer", counting)
-    model = make(Mlp)
-    with pytest.raises(Stop):
-        run(model, "W3A16", rows(), **options)
-    assert solved == ["blocks.0.0", "blocks.1.0"]
-    assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
-    monkeypatch.setattr(steps, "solve_layer", lambda r, t, s: (solve_layer(r, t, s), solved.append(t.name)))
-    report = run(model, "W3A16", rows(), **options)
-    assert solved == ["blocks.0.0", "blocks.1.0", "blocks.2.0", "head"]
-    assert [layer.name for layer in report.layers] == solved
-    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in model.state_dict().items())
-    again = make(Mlp)
-    run(again, "W3A16", rows(), **options)  # everything is done
-    assert len(solved) == 4 and torch.equal(again(rows()[0]), model(rows()[0]))
-
-
-def test_a_changed_run_is_refused(tmp_path):
-    run(make(Mlp), "W3A16", rows(), method="comq", checkpoint_dir=tmp_path)
-    for changed, options in {
-        "layers, scheme": {"scheme": "W4A16"},
-        "method": {"method": "gptq"},
-        "seed": {"seed": 1},
-        "data": {"calib": rows(seed=1)},
-    }.items():
-        arguments = {"calib": rows(), "method": "comq", "scheme": "W3A16", **options}
-        assert_unchanged(make(Mlp), f"belongs to another run: {changed} changed", checkpoint_dir=tmp_path, **arguments)
-    model, options = make(Mlp, seed=1), {"scheme": "W3A16", "calib": rows(), "method": "comq"}
-    assert_unchanged(model, "belongs to another run: weights changed", checkpoint_dir=tmp_path, **options)
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    options = {"calib": rows(), "method": "comq", "checkpoint_dir": tmp_path}
-    run(make(Mlp), "W4A16", **options)
-    file = next(path for path in tmp_path.iterdir() if path.name.startswith("head-"))
-    file.write_bytes(file.read_bytes()[:40])
-    assert_unchanged(make(Mlp), f"{file.name} cannot be read", **options)
-    (tmp_path / checkpoints.FINGERPRINT).write_text("{")
-    assert_unchanged(make(Mlp), "fingerprint.json cannot be read", **options)
 
 
 # --- Hugging Face ---
