@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from ..config import Activations
+from ..quantize import quantize_
 from ..recipes.erq import erq
 from ..recipes.is_vit import is_vit
 from ..recipes.repq_vit import repq_vit
 from ..recipes.sos import Training
 from ..report import Report, Table, as_json, write_atomically, write_html
-from . import glyph_vit
+from . import glyph_vit, text_recogniser
 from .case import Case
 from .compare import figures_text, spread
 
@@ -50,6 +51,11 @@ METHODS: dict[str, Method] = {
     "I&S-ViT, SOS": lambda m, x, s, how: is_vit(m, x, s, softmax="log_sqrt2", sos=how),
     "I&S-ViT": lambda m, x, s, how: is_vit(m, x, s, sos=how),
     BEST: lambda m, x, s, how: is_vit(m, x, s, softmax="measured", sos=how),
+}
+# Of the text recogniser, a convolutional network.
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "min-max, rounding": {"method": "rtn", "activations": Activations(range="minmax")},
+    "least squared error, auto": {},
 }
 # On spread LayerNorm channels; the first three quantize them with one range that all must share.
 SPREAD_METHODS: dict[str, Method] = {
@@ -96,6 +102,7 @@ def run(out: str | Path, *, schemes: Sequence[str] = SCHEMES, seeds: int = SEEDS
             wide.model = spread_channels(case.model, seed)
             uneven = list(compare(wide, SPREAD_METHODS, [SPREAD_SCHEME], seed, how))
     tables = [quality_table(case, floats, results), spread_table(results, uneven), softmax_table(results)]
+    tables.append(recogniser_table(folder, quick))
     checks = promises(results, uneven)
     tables.append(check_table(checks))
     for table in tables:
@@ -188,6 +195,20 @@ def spread_table(results: Sequence[Result], uneven: Sequence[Result]) -> Table:
         "factor (.5) and three of them by 10 more, which the next layer divides out."
     )
     return Table("Spread channels", ["method", "even channels %", "spread channels %", "KL"], rows, about)
+
+
+def recogniser_table(folder: Path, quick: bool) -> Table:
+    """The same characters, read by convolutions, as quantize_ quantizes them."""
+    size = {"steps": 2, "judged": 250} if quick else {}
+    case = text_recogniser.load(cache=None if quick else folder / "trained", **size)
+    rows = [["float", "", f"{judged(case, case.model)['accuracy %']:.2f}", "0"]]
+    for scheme in ("W4A8", "W4A4"):
+        for name, options in CONVOLUTIONS.items():
+            model = copy.deepcopy(case.model)
+            quantize_(model, scheme, case.calibration, progress=False, **options)
+            figures = judged(case, model)
+            rows.append([name, scheme, f"{figures['accuracy %']:.2f}", f"{figures['KL']:.4f}"])
+    return Table("Text recogniser", ["method", "scheme", "accuracy %", "KL"], rows, case.about)
 
 
 def softmax_table(results: Sequence[Result]) -> Table:
