@@ -78,6 +78,58 @@ class Errors(nn.Module):
         return [values, error]
 
 
+class Ridge(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        rounded = x.mul(4).round().div(4)
+        gram, cross = rounded.t() @ rounded, rounded.t() @ x
+        updated = torch.ops.torchquant.ridge_update(weight, gram, cross, ridge=0.01)
+        errors = torch.ops.torchquant.ridge_errors(weight, gram, cross, gram, cross, ridges=[0.01, 0.1])
+        return [updated, errors]
+
+
+class Flips(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes, scale, zero_point, info, bias = torch.ops.torchquant.flips_quantize(weight, x.t() @ x, bits=3)
+        return [codes, scale, zero_point, info, bias]
+
+
+class Histogram(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        histogram = torch.zeros(3, 4096, dtype=torch.float64)
+        torch.ops.torchquant.histogram_accumulate_(histogram, x)
+        scale, zero_point = torch.ops.torchquant.histogram_range(histogram, bits=4, rule="mse")
+        return [histogram, torch.ops.torchquant.histogram_quantile(histogram, [0.01, 0.99]), scale, zero_point]
+
+
+class Uniform(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        scale, zero_point = torch.ops.torchquant.uniform_fit(weight, bits=4, granularity="token")
+        codes = torch.ops.torchquant.uniform_quantize(weight, scale, zero_point, bits=4)
+        return [codes, torch.ops.torchquant.uniform_dequantize(codes, scale, zero_point)]
+
+
+class SULQ(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        attention = torch.softmax(weight, -1)
+        histogram = torch.zeros(3, 4096, dtype=torch.float64)
+        torch.ops.torchquant.histogram_accumulate_(histogram, attention)
+        eta, thresholds, exponents = torch.ops.torchquant.sulq_fit(histogram, bits=3)
+        codes = torch.ops.torchquant.sulq_quantize(attention, thresholds)
+        values = torch.ops.torchquant.sulq_dequantize(codes, exponents, eta)
+        error = torch.ops.torchquant.sulq_error(histogram, eta, thresholds, exponents)
+        v = x[:40, :8].mul(8).round().to(torch.int8)
+        product = torch.ops.torchquant.sulq_matmul(codes, exponents, eta, v)
+        return [codes, values, error, product, torch.ops.torchquant.sulq_shift_matmul(codes, exponents, v)]
+
+
+class Subset(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        universe = torch.linspace(-1.0, 1.0, 65)
+        levels, sse = torch.ops.torchquant.subset_select(x / x.abs().max(), universe, levels=8)
+        codes = torch.ops.torchquant.subset_quantize(weight, levels)
+        return [levels, sse, codes, torch.ops.torchquant.subset_dequantize(codes, levels)]
+
+
 # What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
 PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Gram: ("gram_accumulate_",),
@@ -88,6 +140,12 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     COMQ: ("comq_quantize",),
     GPTQ: ("gptq_quantize",),
     Errors: ("dequantize", "quantization_error"),
+    Ridge: ("ridge_update", "ridge_errors"),
+    Flips: ("flips_quantize",),
+    Histogram: ("histogram_accumulate_", "histogram_range", "histogram_quantile"),
+    Uniform: ("uniform_fit", "uniform_quantize", "uniform_dequantize"),
+    SULQ: ("sulq_fit", "sulq_quantize", "sulq_dequantize", "sulq_error", "sulq_matmul", "sulq_shift_matmul"),
+    Subset: ("subset_select", "subset_quantize", "subset_dequantize"),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
