@@ -17,9 +17,7 @@ from torchquant.nn import QAttention
 from torchquant.nn.attention import POINTS
 from torchquant.nn.base import QuantizedLayer
 from torchquant.nn.quantizers import ActivationQuantizer
-from torchquant.recipes.erq import erq
-from torchquant.recipes.is_vit import is_vit
-from torchquant.recipes.repq_vit import repq_vit
+from torchquant.recipes import erq, is_vit, repq_vit
 from torchquant.recipes.sos import Training
 
 FULL = os.environ.get("TORCHQUANT_FULL") == "1"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .collect import Stats
 from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, Step, method_name
-from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, rtn_quantize
+from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, ridge_update, rtn_quantize
 from .solvers.portfolio import Candidate, portfolio_quantize, row_objective, times_gram
 
 STATUS = ("ok", "damped", "rounded")  # by the operators' info[0]
@@ -127,8 +127,9 @@ def correct(weight: Tensor, bias: Tensor | None, stats: Stats, ridge: float) -> 
     if stats.cross is None:
         return weight, bias
     free = bias is not None and stats.sums is not None
-    problem = Problem.of(weight, centred(stats, weight) if free else stats)
-    changed = corrected(problem, ridge)
+    around = centred(stats, weight) if free else stats
+    assert around.cross is not None
+    changed = ridge_update(weight, around.gram, around.cross.mT.contiguous(), ridge=ridge)
     return changed, best_bias(bias, weight, changed, stats) if free else bias  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """A vision transformer that quantizes in a second, and what every recipe for such networks must keep."""
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -57,7 +58,8 @@ def check_failure_changes_nothing(recipe: Callable[..., object], monkeypatch, wh
     def fail(*args, **kwargs):
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(where, fail)
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
     with pytest.raises(RuntimeError, match="the disk is full"):
         recipe(model, calibration(), "W4A4", progress=False, **options)
     after = dict(model.state_dict(keep_vars=True))

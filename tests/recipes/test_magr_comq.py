@@ -1,12 +1,13 @@
 """The published pipeline of MagR and COMQ."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 from torchquant import COMQ, MagR, quantize_
-from torchquant.recipes import magr_comq as recipe
-from torchquant.recipes.magr_comq import magr_comq
+from torchquant.recipes import magr_comq
 
 
 def network() -> nn.Module:
@@ -53,7 +54,7 @@ def test_the_settings_are_the_papers(monkeypatch, scheme, alpha, sweeps, shrink)
         seen.update(options)
         return quantize_(model, scheme, calib, **options)
 
-    monkeypatch.setattr(recipe, "quantize_", remember)
+    monkeypatch.setattr(importlib.import_module("torchquant.recipes.magr_comq"), "quantize_", remember)
     magr_comq(network(), inputs(), scheme, progress=False)
     assert seen["method"] == [
         MagR(alpha=alpha, iters=150, solver="ista"),

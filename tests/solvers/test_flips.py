@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import FLOAT_TYPES, GRIDS, LAYERS, assert_same, check_op, layouts, scripted, threads, tier
+from helpers import GRIDS, LAYERS, assert_same, check_op, layouts, scripted, threads, tier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solvers import reference
+from solvers.any_layer import ANY_LAYER, check_any_layer
 from torch import Tensor
 
 from torchquant.solvers import flips_quantize, flips_quantize_with_bias, gptq_quantize, rtn_quantize
@@ -352,10 +353,7 @@ def test_a_bias_needs_a_column(place):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(0, 14), st.integers(0, 40)),
-    tokens=st.integers(0, 60),
-    dtype=st.sampled_from(FLOAT_TYPES),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "strided"]),
+    **ANY_LAYER,
     options=st.fixed_dictionaries(
         {
             "bits": st.integers(2, 8),
@@ -369,17 +367,5 @@ def test_a_bias_needs_a_column(place):
         }
     ),
 )
-def test_any_layer(shape, tokens, dtype, layout, options):
-    rows, columns = shape
-    generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    x = torch.randn(tokens, columns, generator=generator)
-    gram = x.T @ x
-    got = flips_quantize(weight, gram, **options)
-    if layout != "contiguous":
-        assert_same(flips_quantize(layouts(weight)[layout], layouts(gram)[layout], **options), got)
-    codes, scale, zero_point, info = got
-    groups = 1 if options["group_size"] == 0 else -(-columns // options["group_size"])
-    assert codes.shape == shape and scale.shape == zero_point.shape == (rows, groups) and info.shape == (4,)
-    assert (codes.long() < 2 ** options["bits"]).all() and (scale > 0).all() and scale.isfinite().all()
-    assert info.tolist()[0] in (0, 1) and info.tolist()[1] == int((gram.diagonal() == 0).sum())
+def test_any_layer(options, **layer):
+    check_any_layer(flips_quantize, 4, options=options, **layer)

@@ -13,9 +13,7 @@ from torch import nn
 
 from ..config import Activations
 from ..quantize import quantize_
-from ..recipes.erq import erq
-from ..recipes.is_vit import is_vit
-from ..recipes.repq_vit import repq_vit
+from ..recipes import erq, is_vit, repq_vit
 from ..recipes.sos import Training
 from ..report import Report, Table, as_json, write_atomically, write_html
 from . import glyph_vit, text_recogniser

@@ -1,6 +1,7 @@
 """Halving with rounding refinement (Wqer of ERQ): columns are rounded by halves, the rest answers for their error."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,18 +72,7 @@ def flips_quantize(
 
 
 def flips_quantize_with_bias(
-    weight: Tensor,
-    gram: Tensor,
-    *,
-    bits: int,
-    group_size: int = 0,
-    grid: str = "asymmetric",
-    shrink: Sequence[float] | None = None,
-    ridge: float = 0.01,
-    order: str = "natural",
-    refine: str = "best",
-    steps: int = 100,
-    solver: str = "halving",
+    weight: Tensor, gram: Tensor, *, bits: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`flips_quantize` for a layer whose bias answers for the weights' errors too. It is never quantized.
 
@@ -90,26 +80,12 @@ def flips_quantize_with_bias(
         weight: ``[N, K + 1]``, the bias as the last column.
         gram: ``[K + 1, K + 1]`` or ``[B, K + 1, K + 1]`` of the inputs with an input of ones as the last; the ridge is
             relative to the mean of their variances and spares the bias.
-
-    The other arguments are those of :func:`flips_quantize`.
+        options: as for :func:`flips_quantize`.
 
     Returns:
         codes uint8 ``[N, K]``, scale, zero_point, info, and the new bias float32 ``[N, 1]``.
     """
-    return torch.ops.torchquant.flips_quantize(
-        weight,
-        gram,
-        bits=bits,
-        group_size=group_size,
-        grid=grid,
-        shrink=None if shrink is None else list(shrink),
-        ridge=ridge,
-        order=order,
-        refine=refine,
-        steps=steps,
-        solver=solver,
-        bias_column=True,
-    )
+    return torch.ops.torchquant.flips_quantize(weight, gram, bits=bits, bias_column=True, **options)
 
 
 @torch.library.register_fake("torchquant::flips_quantize")
