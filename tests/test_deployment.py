@@ -130,6 +130,13 @@ class Subset(nn.Module):
         return [levels, sse, codes, torch.ops.torchquant.subset_dequantize(codes, levels)]
 
 
+class Pack(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
+        codes = torch.ops.torchquant.rtn_quantize(weight, bits=3)[0]
+        packed = torch.ops.torchquant.pack_codes(codes, bits=3)
+        return [packed, torch.ops.torchquant.unpack_codes(packed, bits=3, columns=weight.size(1))]
+
+
 # What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
 PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Gram: ("gram_accumulate_",),
@@ -146,6 +153,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Uniform: ("uniform_fit", "uniform_quantize", "uniform_dequantize"),
     SULQ: ("sulq_fit", "sulq_quantize", "sulq_dequantize", "sulq_error", "sulq_matmul", "sulq_shift_matmul"),
     Subset: ("subset_select", "subset_quantize", "subset_dequantize"),
+    Pack: ("pack_codes", "unpack_codes"),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)

@@ -10,26 +10,7 @@ from nn.float_layers import LAYERS
 from torch import nn
 
 from torchquant.nn import QLinear, from_float, layout, swap_modules
-from torchquant.nn.storage import pack_codes, unpack_codes
 from torchquant.solvers import rtn_quantize
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("columns", [1, 7, 8, 32, 33, 96])
-def test_pack_round_trip_and_size(bits, columns):
-    codes = torch.randint(0, 2**bits, (3, columns), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    packed = pack_codes(codes, bits)
-    assert packed.dtype == torch.int32
-    assert packed.shape == (3, -(-columns * bits // 32))
-    assert torch.equal(unpack_codes(packed, bits, columns), codes)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_pack_is_one_little_endian_bit_string(bits):
-    codes = torch.randint(0, 2**bits, (2, 21), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for row, words in zip(codes.tolist(), pack_codes(codes, bits).tolist(), strict=True):
-        number = sum(code << (i * bits) for i, code in enumerate(row))
-        assert [w & 0xFFFFFFFF for w in words] == [(number >> (32 * i)) & 0xFFFFFFFF for i in range(len(words))]
 
 
 def quantized(module, bits=4, group_size=0):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .storage import pack_codes, unpack_codes
+from ..kernels import pack_codes
 
 
 class QuantizedLayer(nn.Module):
@@ -42,7 +42,7 @@ class QuantizedLayer(nn.Module):
         """Take over codes and grid, and the float layer's bias, dtype, device and mode."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias = module.bias
-        self.weight_packed = pack_codes(codes, self.bits)
+        self.weight_packed = pack_codes(codes, bits=self.bits)
         self.weight_scale, self.weight_zero_point = scale.float().clone(), zero_point.float().clone()
         self.weight_shape = self.weight_shape.to(codes.device)
         self.float_like = weight.new_empty(0)
@@ -59,7 +59,7 @@ class QuantizedLayer(nn.Module):
         return self.matrix_of(self.weight_packed, self.weight_scale, self.weight_zero_point)
 
     def matrix_of(self, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        codes = unpack_codes(packed, self.bits, self.columns)
+        codes = torch.ops.torchquant.unpack_codes(packed, bits=self.bits, columns=self.columns)
         return torch.ops.torchquant.dequantize(codes, scale, zero_point, group_size=self.group_size)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
