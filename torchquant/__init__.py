@@ -3,6 +3,7 @@
 from . import (
     _load,  # noqa: F401  (first: checks the torch version, then registers every operator)
     formats,
+    kernels,
     nn,
     quantizers,
     solvers,
@@ -88,6 +89,7 @@ __all__ = [
     "histogram_accumulate_",
     "histogram_quantile",
     "histogram_range",
+    "kernels",
     "load",
     "magr_preprocess",
     "new_histogram",
