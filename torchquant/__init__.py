@@ -10,7 +10,7 @@ from . import (
     statistics,
 )
 from .config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme
-from .formats import load, save
+from .formats import export, load, save
 from .memory import estimate_memory
 from .quantize import collect_statistics, quantize_
 from .quantizers import (
@@ -81,6 +81,7 @@ __all__ = [
     "dynamic_quantize",
     "estimate_memory",
     "exact_quantile",
+    "export",
     "flips_quantize",
     "flips_quantize_with_bias",
     "formats",

@@ -1,0 +1,430 @@
+"""ONNX files: ONNX Runtime computes what the model computes, from integer weights and standard operators."""
+
+import copy
+import logging
+import sys
+
+import pytest
+import small_models
+import torch
+from recipes.small_vit import calibration, network
+from torch import nn
+
+import torchquant
+from torchquant import Activations, quantize_
+from torchquant.demo.digits_vit import DigitsViT
+from torchquant.formats import onnx as format_onnx
+from torchquant.nn import QConvTranspose2d, QLinear, from_float
+from torchquant.nn.quantizers import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    SubsetQuantizer,
+    TableQuantizer,
+    UniformQuantizer,
+)
+
+REASON = "pip install 'torchquant[onnx]'"
+onnx = pytest.importorskip("onnx", reason=REASON)
+runtime = pytest.importorskip("onnxruntime", reason=REASON)
+pytest.importorskip("onnxscript", reason=REASON)
+
+# Float sums in another order: a few units in the last place, relative to the norm of the outputs.
+SUMS = 1e-5
+# The same may move an activation over a rounding edge. One code of 3 bits in one of 16 x 16 activations of one of 16
+# pictures is 1 / sqrt(16 * 16 * 16) = 1.6 % of a layer's output before the others dilute it.
+FLIPS = 1e-2
+# ONNX Runtime computes MatMulNBits with inputs rounded to 8 bits, block by block: about 1 / 127 of the largest input.
+INTEGER_INPUTS = 2e-2
+
+
+def export(model, path, example_inputs, **options):
+    torchquant.export(model, path, format="onnx", example_inputs=example_inputs, **options)
+    return onnx.load(path)
+
+
+def session(path, optimized=True):
+    options = runtime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def outputs(path, *inputs, optimized=True):
+    found = session(path, optimized)
+    names = [value.name for value in found.get_inputs()]
+    feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(y) for y in found.run(None, feeds)]
+
+
+def error(path, model, x, optimized=True):
+    with torch.no_grad():
+        wanted = model(x)
+    (got,) = outputs(path, x, optimized=optimized)
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def types(graph, ending):
+    """Data types of the initializers whose names end so."""
+    name = onnx.TensorProto.DataType.Name
+    return {i.name: name(i.data_type) for i in graph.graph.initializer if i.name.endswith(ending)}
+
+
+def operators(graph):
+    return {node.op_type for node in graph.graph.node}
+
+
+def pictures(count):
+    return torch.cat(calibration(6)[4:])[:count]
+
+
+def check_vit(model, path, tolerance):
+    graph = export(model, path, pictures(16))
+    assert {entry.domain for entry in graph.opset_import} == {""} and not graph.functions
+    assert "LayerNormalization" in operators(graph) and "Softmax" in operators(graph)
+    for batch in (1, 16, 32):
+        assert error(path, model, pictures(batch), optimized=False) < tolerance
+        assert error(path, model, pictures(batch)) < INTEGER_INPUTS
+    return graph
+
+
+def test_vit_w4a8(tmp_path):
+    model = network()
+    quantize_(model, "W4A8", calibration(), method="rtn", progress=False)
+    graph = check_vit(model, tmp_path / "model.onnx", FLIPS)
+    bits = {f"{name}.weight_codes": m.bits for name, m in model.named_modules() if isinstance(m, QLinear)}
+    wanted = {name: "UINT4" if width <= 4 else "UINT8" for name, width in bits.items()}  # the first and last layer: 8
+    assert types(graph, "weight_codes") == wanted and list(wanted.values()).count("UINT4") == 8
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators(graph)
+
+
+def test_vit_w4a16g32(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DigitsViT(dim=96, depth=1, heads=2).eval()
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, "W4A16g32-sym", calibration(), method="rtn", progress=False)
+    graph = check_vit(quantized, tmp_path / "model.onnx", SUMS)
+    assert list(types(graph, "weight_codes").values()).count("UINT4") >= 4
+    blocks = [a.i for node in graph.graph.node for a in node.attribute if a.name == "block_size"]
+    assert blocks and set(blocks) == {32}
+    export(model, tmp_path / "float.onnx", pictures(16))
+    size, float_size = ((tmp_path / name).stat().st_size for name in ("model.onnx", "float.onnx"))
+    # 4 bits, a float32 scale and a 4-bit zero point for 32 weights: 5.1 of 32 bits, and the graph
+    assert size < 0.3 * float_size
+
+
+def test_vit_w3a3_with_sulq(tmp_path):
+    model = network()
+    activations = Activations(softmax="sulq")
+    quantize_(model, "W3A3", calibration(), method="rtn", activations=activations, progress=False)
+    assert sum(isinstance(m, TableQuantizer) for m in model.modules()) == 2
+    graph = check_vit(model, tmp_path / "model.onnx", FLIPS)
+    assert {"Greater", "Gather"} <= operators(graph)
+    # What quantization itself changes is far more than what the file does.
+    with torch.no_grad():
+        reference = network()(pictures(32))
+        assert (model(pictures(32)) - reference).norm() > 5 * FLIPS * reference.norm()
+
+
+class Depthwise(nn.Module):
+    """Without activations between: ONNX Runtime then makes integer convolutions of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.depthwise(self.stem(x)))
+
+
+def test_cnn_w8a8_with_a_depthwise_convolution(tmp_path):
+    model, path = small_models.make(Depthwise).eval(), tmp_path / "model.onnx"
+    quantize_(model, "W8A8", small_models.pictures(), method="rtn", progress=False)
+    assert len(model.depthwise.weight_zero_point.unique()) > 1  # each channel has a zero point of its own
+    x = small_models.pictures()[0]
+    graph = export(model, path, x)
+    assert set(types(graph, "weight_codes").values()) == {"UINT8"}
+    for batch in (x, x[:1]):
+        assert error(path, model, batch, optimized=False) < FLIPS
+        assert error(path, model, batch) < FLIPS
+
+
+@pytest.mark.parametrize("scheme", ["W4A16g5", "W3A8"])
+def test_every_convolution(tmp_path, scheme):
+    model = small_models.make(small_models.Cnn).eval()
+    quantize_(model, scheme, small_models.pictures(), progress=False)
+    x = small_models.pictures()[0]
+    graph = export(model, tmp_path / "model.onnx", x)
+    assert "UINT4" in types(graph, "weight_codes").values()
+    assert error(tmp_path / "model.onnx", model, x[:3]) < (SUMS if scheme == "W4A16g5" else FLIPS)
+
+
+# --- every grid of weights ---
+
+GRIDS = {  # bits, group size, zero point, type of the codes; what the file says
+    "per_channel": (4, 0, lambda s: torch.randint(0, 16, s).float(), "UINT4", "integers"),
+    "ragged_blocks": (4, 7, lambda s: torch.randint(0, 16, s).float(), "UINT4", "integers"),
+    "one_group": (4, 64, lambda s: torch.full(s, 8.0), "UINT4", "integers"),
+    "wide_blocks": (8, 16, lambda s: torch.randint(0, 256, s).float(), "UINT8", "integers"),
+    "doubled_2": (2, 0, lambda s: torch.full(s, 1.5), "UINT4", "integers"),
+    "doubled_3": (3, 8, lambda s: torch.randint(0, 15, s) / 2, "UINT4", "integers"),
+    "doubled_6": (6, 0, lambda s: torch.full(s, 31.5), "UINT8", "integers"),
+    "half_4": (4, 0, lambda s: torch.full(s, 7.5), "UINT4", "arithmetic"),
+    "half_4_ragged": (4, 7, lambda s: torch.full(s, 7.5), "UINT4", "arithmetic"),
+    "half_8": (8, 0, lambda s: torch.full(s, 127.5), "UINT8", "arithmetic"),
+    "far": (4, 0, lambda s: torch.randint(-900, 900, s).float(), "UINT4", "arithmetic"),
+}
+
+
+class Grids(nn.Module):
+    """A layer for each grid; all see the same input."""
+
+    def __init__(self, make, columns):
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for name, (bits, group_size, zero_point, _, _) in GRIDS.items():
+            groups = -(-columns // group_size) if group_size else 1
+            codes = torch.randint(0, 2**bits, (6, columns), dtype=torch.uint8)
+            scale = torch.rand(6, groups) / 2**bits + 0.01
+            self.layers[name] = from_float(make(), codes, scale, zero_point((6, groups)), bits, group_size)
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers.values()]
+
+
+MAKERS = {
+    "linear": (lambda: nn.Linear(24, 6), 24, (5, 24)),
+    "conv": (lambda: nn.Conv2d(6, 6, 3, groups=2, padding=1), 27, (2, 6, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=2, stride=2, output_padding=1), 27, (2, 6, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_weights_on_every_grid(tmp_path, kind):
+    make, columns, shape = MAKERS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Grids(make, columns).eval(), torch.randn(shape)
+    path = tmp_path / "model.onnx"
+    graph = export(model, path, x)
+    found = types(graph, "weight_codes")
+    dequantized = {node.input[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+    for name, (_, _, _, kind_of_codes, way) in GRIDS.items():
+        codes = f"layers.{name}.weight_codes"
+        assert found[codes] == kind_of_codes and (codes in dequantized) == (way == "integers"), name
+    with torch.no_grad():
+        wanted = model(x)
+    for name, a, b in zip(GRIDS, outputs(path, x, optimized=False), wanted, strict=True):
+        assert (a - b).norm() < SUMS * b.norm(), name
+    for name, a, b in zip(GRIDS, outputs(path, x), wanted, strict=True):
+        assert (a - b).norm() < INTEGER_INPUTS * b.norm(), name
+
+
+# --- every quantizer of activations ---
+
+
+def quantizers(x):
+    """By name; x is [B, 6, 10]."""
+    tensor = torch.tensor
+    levels = torch.rand(6, 5).mul(2).sub(1).sort(1).values
+    found = {
+        "uniform_8": UniformQuantizer(8, tensor(0.02), tensor(120.0)),
+        "uniform_3": UniformQuantizer(3, tensor(0.5), tensor(20.0)),
+        "uniform_half": UniformQuantizer(4, tensor([0.3]), tensor([7.5])),
+        "channels": UniformQuantizer(4, torch.rand(6) + 0.1, torch.arange(6.0), axis=1),
+        "far_channels": UniformQuantizer(8, torch.rand(10) / 50 + 0.01, torch.arange(10.0) - 300),
+        "subset": SubsetQuantizer(3, levels),
+        "subset_shared": SubsetQuantizer(3, levels[0], axis=-1, centre=False),
+        "subset_fixed": SubsetQuantizer(3, levels, mean=torch.randn(6), magnitude=torch.rand(6) + 1),
+    }
+    for variant in torchquant.quantizers.sulq.VARIANTS:
+        eta, thresholds, exponents = torchquant.sulq_fit(x.relu(), bits=4, variant=variant)
+        found[variant] = TableQuantizer(4, thresholds, exponents, eta, variant)
+    for granularity in ("tensor", "token", "channel"):
+        for symmetric in (False, True):
+            name = f"dynamic_{granularity}_{symmetric}"
+            found[name] = DynamicQuantizer(4, granularity, symmetric, axis=1 if granularity == "channel" else -1)
+    return nn.ModuleDict(found)
+
+
+class Every(nn.Module):
+    def __init__(self, x):
+        super().__init__()
+        self.quantizers = quantizers(x)
+
+    def forward(self, x, hard):
+        return {name: q(hard if name.startswith("dynamic") else x) for name, q in self.quantizers.items()}
+
+
+def test_every_quantizer_of_activations(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, hard = torch.randn(2, 8, 6, 10)
+        model = Every(x).eval()
+    hard[0, 0] = 3.0  # constant tokens, of either sign and zero
+    hard[1, 1], hard[2, 1] = -2.0, 0.0
+    hard[2, 2] = 1000 + torch.arange(10) * 1e-4  # a range far from zero
+    hard[:, 5] = 0.0  # a constant channel
+    path = tmp_path / "model.onnx"
+    graph = export(model, path, (x, hard))
+    assert not {node.domain for node in graph.graph.node} - {""}
+    assert [output.name for output in graph.graph.output] == list(model.quantizers)
+    with torch.no_grad():
+        wanted = model(x, hard)
+    for name, got in zip(wanted, outputs(path, x, hard), strict=True):
+        # QuantizeLinear rounds before it adds the zero point, and a mean's last bit may differ: one value on an edge.
+        assert ((got - wanted[name]).abs() > 1e-6 * (1 + wanted[name].abs())).sum() <= 1, name
+
+
+# --- the interface ---
+
+
+def layer(bits=4):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = nn.Linear(24, 6)
+    codes = torch.arange(6 * 24, dtype=torch.uint8).view(6, 24) % 2**bits
+    return from_float(found, codes, torch.full((6, 1), 0.1), torch.full((6, 1), 8.0), bits).eval()
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model = network().train()
+    quantize_(model, "W4A8", calibration(), method="rtn", progress=False)
+    model.train()
+    modules, state = list(model.modules()), {key: value.clone() for key, value in model.state_dict().items()}
+    export(model, tmp_path / "model.onnx", pictures(4))
+    assert list(model.modules()) == modules and all(module.training for module in modules)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert b"site-packages" not in (tmp_path / "model.onnx").read_bytes()  # no trace of where it was made
+
+
+class Two(nn.Module):
+    """One layer in two places, two inputs, and one of them by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = layer()
+        self.third = nn.Linear(6, 6)
+
+    def forward(self, x, other):
+        return self.first(x) - self.second(other), self.third.weight
+
+
+def test_shared_layers_named_inputs_and_a_batch_of_one(tmp_path):
+    model, path = Two().eval(), tmp_path / "model.onnx"
+    graph = export(model, path, {"x": torch.randn(1, 24), "other": torch.randn(1, 24)})
+    assert len(types(graph, "weight_codes")) == 1
+    assert [(v.name, v.shape) for v in session(path).get_inputs()] == [("x", ["batch", 24]), ("other", ["batch", 24])]
+    assert [(v.name, v.shape) for v in session(path).get_outputs()] == [
+        ("output_0", ["batch", 6]),
+        ("output_1", [6, 6]),
+    ]
+    x, other = torch.randn(5, 24), torch.randn(5, 24)
+    with torch.no_grad():
+        wanted = model(x, other)[0]
+    torch.testing.assert_close(outputs(path, x, other, optimized=False)[0], wanted)
+    export(model, path, {"other": torch.randn(2, 24), "x": torch.randn(2, 24)})
+
+
+def test_a_layer_alone_and_fixed_shapes(tmp_path):
+    path = tmp_path / "model.onnx"
+    export(layer(), path, (torch.randn(3, 24),), dynamic_shapes=None)
+    assert session(path).get_inputs()[0].shape == [3, 24]
+    export(layer(), path, torch.randn(3, 5, 24), dynamic_shapes=({1: torch.export.Dim("tokens")},))
+    assert isinstance(session(path).get_inputs()[0].shape[1], str)
+    assert outputs(path, torch.randn(3, 7, 24))[0].shape == (3, 7, 6)
+
+
+def test_weights_that_are_read(tmp_path):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.up = layer(), nn.ConvTranspose2d(2, 6, 2)
+            scale, zero_point = torch.ones(6, 1), torch.zeros(6, 1)
+            self.up = from_float(self.up, torch.ones(6, 8, dtype=torch.uint8), scale, zero_point, 4)
+
+        def forward(self, x):
+            return x @ self.linear.weight.t() + self.up.weight.sum()
+
+    model = Reads().eval()
+    assert isinstance(model.up, QConvTranspose2d)
+    export(model, tmp_path / "model.onnx", torch.randn(2, 24))
+    assert error(tmp_path / "model.onnx", model, torch.randn(3, 24), optimized=False) < SUMS
+
+
+# --- errors ---
+
+
+def refused(kind, match, path, model=None, **options):
+    with pytest.raises(kind, match=match):
+        torchquant.export(model or layer(), path, **{"format": "onnx", "example_inputs": torch.randn(2, 24), **options})
+    assert not list(path.parent.iterdir())
+
+
+def test_arguments(tmp_path):
+    path = tmp_path / "model.onnx"
+    refused(ValueError, "export: format must be one of onnx.*, got 'tflite'", path, format="tflite")
+    refused(
+        ValueError, "export: format 'onnx' needs example_inputs: a tensor, a tuple or a dict", path, example_inputs=None
+    )
+    refused(ValueError, "export: dynamic_shapes must be 'batch', None or .*, got 'all'", path, dynamic_shapes="all")
+    refused(TypeError, "unexpected keyword argument 'opset'", path, opset=17)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_missing_packages(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    refused(
+        ImportError, rf"export: format 'onnx' needs {name}: pip install 'torchquant\[onnx\]'", tmp_path / "model.onnx"
+    )
+
+
+def test_without_onnxruntime_the_file_is_written_and_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with caplog.at_level(logging.WARNING, logger="torchquant"):
+        export(layer(), tmp_path / "model.onnx", torch.randn(2, 24))
+    assert "onnxruntime is not installed, so the file was not run" in caplog.text
+
+
+class Odd(ActivationQuantizer):
+    def forward(self, x):
+        return x
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_models_that_cannot_be_exported(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    refused(TypeError, "export: format 'onnx' has no form of Odd", path, nn.Sequential(Odd(4)))
+    refused(RuntimeError, "(?s)export: the model cannot be traced: .*dynamic_shapes=", path, Branches())
+    monkeypatch.setattr(format_onnx, "LIMIT", 100)
+    refused(ValueError, "export: .*model.onnx: tensors of .* bytes, an ONNX file holds at most 100", path)
+
+
+def test_a_file_that_computes_something_else_does_not_take_the_name(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    export(layer(), path, torch.randn(2, 24))
+    before = path.read_bytes()
+    monkeypatch.setattr(format_onnx.OnnxLayer, "bias_for", lambda self, x: x.new_full((6,), 100.0))
+    message = r"ONNX Runtime computes something else: output 0 differs by \d.* of its norm, allowed are 0.01"
+    with pytest.raises(ValueError, match=message):
+        export(layer(), path, torch.randn(2, 24))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    export(layer(), path, torch.randn(2, 24), check=False)
+    assert path.read_bytes() != before
+
+
+def test_a_damaged_graph_is_refused_by_the_checker(tmp_path, monkeypatch):
+    def spoil(graph, names):
+        graph.graph.node(0).op_type = "NoSuchOperator"
+
+    monkeypatch.setattr(format_onnx, "narrow_and_optimize", spoil)
+    refused(
+        ValueError, "export: .*model.onnx: onnx.checker refuses the file: .*NoSuchOperator", tmp_path / "model.onnx"
+    )
