@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .quantizers import TableQuantizer, UniformQuantizer
+
 POINTS = ("query", "key", "value", "softmax")
 
 
 class QAttention(nn.Module):
     """``softmax(query(q) key(k)^T scale + mask) value(v)``; the softmax's output passes through ``softmax``.
 
-    ``query``, ``key``, ``value`` and ``softmax`` are nn.Identity until quantizers take their places.
+    ``query``, ``key``, ``value`` and ``softmax`` are nn.Identity until quantizers take their places. Where nobody needs
+    the weights, one operator computes everything behind ``query``, ``key`` and ``value``: see :meth:`fits`.
     """
 
     def __init__(self) -> None:
@@ -36,13 +39,19 @@ class QAttention(nn.Module):
         scale: float | None = None,
         is_causal: bool = False,
         dropout: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Arguments as for ``F.scaled_dot_product_attention``; returns the output and the softmax's (quantized) output.
 
-        A boolean ``mask`` says who takes part. A row in which nobody does gives zeros.
+        A boolean ``mask`` says who takes part. A row in which nobody does gives zeros. Without ``need_weights`` the
+        second may be None.
         """
+        q, k = self.query(q), self.key(k)
+        mask = None if is_causal else mask
+        if not need_weights and dropout == 0 and self.fits(q, k, v, mask):
+            return self.fused(q, k, self.value(v), mask, scale, is_causal), None
         factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-        scores = torch.matmul(self.query(q), self.key(k).transpose(-2, -1)) * factor
+        scores = torch.matmul(q, k.transpose(-2, -1)) * factor
         if is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
@@ -55,6 +64,45 @@ class QAttention(nn.Module):
         weights = self.softmax(weights)
         mixed = torch.matmul(F.dropout(weights, dropout, training=dropout > 0), self.value(v))
         return mixed, weights
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether ``fused`` can take over: a table or one grid for the softmax that nobody observes, float32 on the
+        CPU, no gradient."""
+        if not torch.jit.is_scripting():
+            point = self.softmax
+            if type(point) not in FUSED or len(point._forward_hooks) + len(point._forward_pre_hooks) > 0:
+                return False
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        plain = q.is_cpu and q.dtype == torch.float32 and k.dtype == torch.float32 and v.dtype == torch.float32
+        if mask is not None:
+            needs_grad = needs_grad or mask.requires_grad
+            plain = plain and (mask.dtype == torch.bool or mask.dtype == torch.float32)
+        if not plain or (needs_grad and torch.is_grad_enabled()):
+            return False
+        if hasattr(self.softmax, "zero_point"):
+            return self.softmax.zero_point.numel() == 1  # type: ignore[operator]
+        return hasattr(self.softmax, "thresholds")
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+    ) -> Tensor:
+        """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``."""
+        if hasattr(self.softmax, "thresholds"):
+            table = self.softmax
+            return torch.ops.torchquant.quantized_attention(
+                q, k, v, mask, thresholds=table.thresholds, exponents=table.exponents, eta=table.eta, scale=scale,
+                is_causal=is_causal,
+            )  # fmt: skip
+        if hasattr(self.softmax, "zero_point"):
+            grid = self.softmax
+            return torch.ops.torchquant.quantized_attention(
+                q, k, v, mask, softmax_scale=grid.scale, softmax_zero_point=grid.zero_point, softmax_bits=grid.bits,
+                scale=scale, is_causal=is_causal,
+            )  # fmt: skip
+        return torch.ops.torchquant.quantized_attention(q, k, v, mask, scale=scale, is_causal=is_causal)
+
+
+FUSED = (TableQuantizer, UniformQuantizer)
 
 
 class QSelfAttention(nn.Module):
@@ -77,7 +125,7 @@ class QSelfAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
-        mixed = self.product(q, k, qkv[2], attn_mask, self.scale, is_causal, dropout)[0]
+        mixed = self.product(q, k, qkv[2], attn_mask, self.scale, is_causal, dropout, False)[0]
         mixed = self.norm(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
@@ -112,7 +160,7 @@ class QWindowAttention(nn.Module):
             pictures = windows // mask.shape[0]
             bias = bias + mask.unsqueeze(1).repeat(pictures, 1, 1, 1)
         dropout = self.dropout if self.training else 0.0
-        mixed = self.product(qkv[0], qkv[1], qkv[2], bias, self.scale, False, dropout)[0]
+        mixed = self.product(qkv[0], qkv[1], qkv[2], bias, self.scale, False, dropout, False)[0]
         return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(windows, tokens, -1)))
 
 
@@ -184,7 +232,7 @@ class QShiftedWindowAttention(nn.Module):
         windows, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed = self.product(qkv[0], qkv[1], qkv[2], bias, None, False, dropout)[0]
+        mixed = self.product(qkv[0], qkv[1], qkv[2], bias, None, False, dropout, False)[0]
         return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(windows, tokens, -1)))
 
 
@@ -237,14 +285,17 @@ class QMultiheadAttention(nn.Module):
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         mask = self.joint_mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = self.product(self.split(q), self.split(k), self.split(v), mask, None, False, dropout)
+        q, k, v = self.split(q), self.split(k), self.split(v)
+        mixed, weights = self.product(q, k, v, mask, None, False, dropout, need_weights)
         y = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
-            y, weights = y.squeeze(0), weights.squeeze(0)
+            y = y.squeeze(0)
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return y, weights if need_weights else None
+        if weights is None or not need_weights:
+            return y, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return y, weights if batched else weights.squeeze(0)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
@@ -333,4 +384,4 @@ class Redirected(TorchFunctionMode):
         if enable_gqa:
             each = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(each, -3), value.repeat_interleave(each, -3)
-        return self.product(query, key, value, attn_mask, scale, is_causal, dropout_p)[0]
+        return self.product(query, key, value, attn_mask, scale, is_causal, dropout_p, False)[0]

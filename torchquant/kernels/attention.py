@@ -1,0 +1,65 @@
+"""Attention whose quantized probabilities never lie in memory."""
+
+import torch
+from torch import Tensor
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    thresholds: Tensor | None = None,
+    exponents: Tensor | None = None,
+    eta: Tensor | None = None,
+    softmax_scale: Tensor | None = None,
+    softmax_zero_point: Tensor | None = None,
+    softmax_bits: int = 8,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """``quantize(softmax(q k^T scale + mask)) v``, some rows at a time: no tensor of L x S elements.
+
+    A probability p becomes ``2**exponents[code] - eta`` with the code that :func:`sulq_quantize` has for p, or
+    ``(code - zero_point) * scale`` with that of :func:`uniform_quantize`, or stays. The same bits on every CPU tier and
+    with any number of threads. CPU only, no gradient.
+
+    Args:
+        q: float32, float16 or bfloat16 ``[..., L, D]``; work is in float32.
+        k, v: of q's dtype, ``[..., S, D]`` and ``[..., S, Dv]``; leading dimensions broadcast.
+        mask: broadcastable to ``[..., L, S]``: bool, True where a key takes part, or floating, added. A row without any
+            key has probability 0 everywhere.
+        thresholds, exponents, eta: a table as from :func:`sulq_fit`, float32.
+        softmax_scale, softmax_zero_point, softmax_bits: a uniform grid, float32 of one value each.
+        scale: of the scores; default ``D**-0.5``.
+        is_causal: row i takes part with keys 0..i; instead of a mask.
+
+    Returns:
+        ``[..., L, Dv]`` in q's dtype. Probabilities are exact to a few ulp, and 0 where they are under 2**-124 of the
+        row's largest. Where a score is NaN, its row gets NaN (with a table: code 0, as NaN in :func:`sulq_quantize`).
+
+    Raises:
+        ValueError: shapes that do not fit, a mask with is_causal, falling thresholds, half a quantizer or two of them.
+        TypeError: wrong dtype. NotImplementedError: not on the CPU.
+    """
+    return torch.ops.torchquant.quantized_attention(
+        q,
+        k,
+        v,
+        mask,
+        thresholds=thresholds,
+        exponents=exponents,
+        eta=eta,
+        softmax_scale=softmax_scale,
+        softmax_zero_point=softmax_zero_point,
+        softmax_bits=softmax_bits,
+        scale=scale,
+        is_causal=is_causal,
+    )
+
+
+@torch.library.register_fake("torchquant::quantized_attention")
+def _(q, k, v, mask=None, **options):  # type: ignore[no-untyped-def]
+    leading = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
+    return q.new_empty((*torch.broadcast_shapes(*leading), q.shape[-2], v.shape[-1]))
