@@ -130,6 +130,14 @@ class Subset(nn.Module):
         return [levels, sse, codes, torch.ops.torchquant.subset_dequantize(codes, levels)]
 
 
+class Attention(nn.Module):
+    def forward(self, weight: Tensor, x: Tensor) -> Tensor:
+        eta, thresholds, exponents = torch.ops.torchquant.sulq_fit(torch.softmax(x, -1), bits=3)
+        return torch.ops.torchquant.quantized_attention(
+            weight, x, x[:, :8], thresholds=thresholds, exponents=exponents, eta=eta
+        )
+
+
 class Pack(nn.Module):
     def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
         codes = torch.ops.torchquant.rtn_quantize(weight, bits=3)[0]
@@ -153,6 +161,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Uniform: ("uniform_fit", "uniform_quantize", "uniform_dequantize"),
     SULQ: ("sulq_fit", "sulq_quantize", "sulq_dequantize", "sulq_error", "sulq_matmul", "sulq_shift_matmul"),
     Subset: ("subset_select", "subset_quantize", "subset_dequantize"),
+    Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
