@@ -38,7 +38,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
-bench: $(VENV)/demo.stamp build
+bench: $(VENV)/bench.stamp build
 	$(BIN)/python -m benchmarks --write benchmarks/README.md
 
 cuda-check: $(VENV)/torch.stamp
@@ -81,6 +81,11 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	$(PIP) --no-build-isolation --editable ".[demo]"
 	touch $@ $(VENV)/package.stamp
+
+# The peers that are packages. They belong to the benchmarks alone.
+$(VENV)/bench.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(PIP) --no-build-isolation --editable ".[bench]"
+	touch $@ $(VENV)/package.stamp $(VENV)/demo.stamp
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	$(PIP) --no-build-isolation --editable ".[test]"

@@ -4,53 +4,91 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import report
+from . import bench_linear, bench_networks, race, report
 from .bench_solvers import CASES, contests
 from .harness import Result, machine, measure
-from .layers import Shape
+
+# Cases with tables of their own: (shapes, rounds, threads, show) -> results, Markdown.
+SECTIONS: dict[str, Callable[..., tuple[list[Result], str]]] = {
+    "linear": bench_linear.run,
+    "networks": bench_networks.run,
+}
+CHOICES = (*CASES, *SECTIONS)
+ROUNDS = 7
 
 
-def parse_shape(text: str) -> Shape:
-    rows, columns = text.split("x")
-    return int(rows), int(columns)
+def parse_shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split("x"))
+    if len(sizes) not in (2, 3):
+        raise ValueError(text)
+    return sizes
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Operators against peers and floors.")
-    parser.add_argument("case", nargs="*", help=f"one of {', '.join(CASES)}; all when left out")
-    parser.add_argument("--shape", type=parse_shape, action="append", help="NxK, may be repeated; default: the table's")
-    parser.add_argument("--rounds", type=int, default=7, help="at most; long cases stop earlier")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="a Markdown file whose marked table is replaced")
+    parser.add_argument("case", nargs="*", help=f"one of {', '.join(CHOICES)}; all when left out")
+    parser.add_argument(
+        "--shape", type=parse_shape, action="append",
+        help="NxK, of linear MxKxN (tokens, inputs, outputs); may be repeated; default: the tables'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, help=f"at most; default {ROUNDS}, of {' and '.join(SECTIONS)} {race.ROUNDS}"
+    )
+    parser.add_argument("--threads", type=int, help="default 1, of networks 1 and 2")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose marked tables are replaced")
     parser.add_argument("--json", type=Path, help="a file for the results as JSON")
     options = parser.parse_args(arguments)
-    unknown = set(options.case) - set(CASES)
+    unknown = set(options.case) - set(CHOICES)
     if unknown:
-        parser.error(f"unknown case {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
+        parser.error(f"unknown case {', '.join(sorted(unknown))}: choose from {', '.join(CHOICES)}")
     return options
+
+
+def show(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_cases(names: Sequence[str], options: argparse.Namespace, threads: int) -> list[Result]:
+    """Operators, one line for each peer."""
+    results: list[Result] = []
+    shapes = [shape for shape in options.shape or () if len(shape) == 2]
+    show(report.HEADER)
+    for name in names:
+        for contest in contests(name, shapes):
+            for result in measure(contest, options.rounds or ROUNDS, threads):
+                results.append(result)
+                show(report.line(result))
+    return results
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
+    threads, chosen = options.threads or 1, options.case or CHOICES
+    torch.set_num_threads(threads)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
-    begin = time.perf_counter()
-    facts = machine(options.threads)
-    print(*(f"{name}: {value}" for name, value in facts.items()), report.HEADER, sep="\n", flush=True)
+    facts = machine(threads)
+    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
     results: list[Result] = []
-    for name in options.case or CASES:
-        for contest in contests(name, options.shape):
-            for result in measure(contest, options.rounds, options.threads):
-                results.append(result)
-                print(report.line(result), flush=True)
-    facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
-    if options.write:
-        report.insert(options.write, report.markdown(results, facts, command))
+    begin = time.perf_counter()
+    names = [name for name in chosen if name in CASES]
+    if names:
+        results += run_cases(names, options, threads)
+        facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
+        if options.write:
+            report.insert(options.write, report.markdown(results, facts, command))
+    for name in [name for name in chosen if name in SECTIONS]:
+        begin = time.perf_counter()
+        shapes = [shape for shape in options.shape or () if len(shape) == 3]
+        made, text = SECTIONS[name](shapes, options.rounds or race.ROUNDS, options.threads, show)
+        results += made
+        facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
+        if options.write:
+            report.insert_section(options.write, name, f"{report.preamble(facts, command)}\n{text}")
     if options.json:
         report.write_json(options.json, results, facts, command)
     return 0

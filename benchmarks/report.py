@@ -7,6 +7,7 @@ from pathlib import Path
 from .harness import Result
 
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
+SECTION = ("<!-- {0}: written by make bench -->", "<!-- end of {0} -->")  # a section with tables of its own
 HEADER = (
     "| case | (N, K) | threads | ours, ms: best / median | peer | peer, ms: best / median "
     "| ratio: median [min .. max], best | wanted | fraction of the floor; floor | note |"
@@ -32,19 +33,27 @@ def line(result: Result) -> str:
     return "| " + " | ".join([*cells, result.floor, result.note]) + " |"
 
 
+def preamble(facts: dict[str, str], command: str) -> str:
+    return f"Made by `{command}`. " + "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".\n"
+
+
 def markdown(results: list[Result], facts: dict[str, str], command: str) -> str:
-    about = "; ".join(f"{name}: {value}" for name, value in facts.items())
     rule = "|" + "---|" * HEADER.count(" | ") + "---|"
-    return "\n".join([f"Made by `{command}`. {about}.", "", HEADER, rule, *(line(result) for result in results)])
+    return "\n".join([preamble(facts, command), HEADER, rule, *(line(result) for result in results)])
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Puts text between the markers of the file."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, begin, rest = path.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{path}: needs the lines {BEGIN!r} and {END!r}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise ValueError(f"{path}: needs the lines {first!r} and {last!r}")
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
+
+
+def insert_section(path: Path, name: str, text: str) -> None:
+    insert(path, text, (SECTION[0].format(name), SECTION[1].format(name)))
 
 
 def write_json(path: Path, results: list[Result], facts: dict[str, str], command: str) -> None:

@@ -36,6 +36,78 @@ def test_every_shaped_case_runs_and_is_written_between_the_markers(tmp_path: Pat
         assert result["ratio_low"] <= result["ratio"] <= result["ratio_high"]
 
 
+def test_linear_writes_its_own_table_and_leaves_the_others(tmp_path: Path) -> None:
+    from benchmarks.__main__ import main
+    from benchmarks.report import BEGIN, END, SECTION
+
+    first, last = (marker.format("linear") for marker in SECTION)
+    page, data = tmp_path / "page.md", tmp_path / "data.json"
+    page.write_text(f"{BEGIN}\noperators\n{END}\n{first}\nstale\n{last}\n")
+    options = ["--rounds", "2", "--write", str(page), "--json", str(data)]
+    assert main(["linear", "--shape", "1x128x48", "--shape", "5x64x80", *options]) == 0
+
+    text = page.read_text()
+    assert f"{BEGIN}\noperators\n{END}" in text and "stale" not in text and text.endswith(f"{last}\n")
+    results = json.loads(data.read_text())["results"]
+    assert {result["shape"] for result in results} == {"1x128x48 cold", "1x128x48 hot", "5x64x80"}
+    compared = {(result["case"], result["peer"]) for result in results}
+    assert {("linear, W2A8", "torch float32"), ("linear, W4A16", "torch float32")} <= compared
+    for result in results:
+        assert result["peer_best"] > 0 and result["ratio_low"] <= result["ratio"] <= result["ratio_high"]
+
+
+def test_a_wrong_linear_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_linear
+    from benchmarks.harness import CheckFailed
+    from torchquant import kernels
+
+    product = kernels.quantized_linear
+    monkeypatch.setattr(kernels, "quantized_linear", lambda *args, **options: 1.25 * product(*args, **options))
+    with pytest.raises(CheckFailed, match=r"linear: W2A8 is 0.2\d off, rounded inputs explain"):
+        next(bench_linear.races((3, 64, 48), 1))
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from benchmarks import bench_linear, race
+
+    for package in ("onnxruntime", "torchao"):
+        monkeypatch.setitem(sys.modules, package, None)
+    one = next(bench_linear.races((3, 64, 48), 1))
+    outcome = race.run_race(one, 1)
+    assert "ONNX Runtime float32" in one.absent and "torchao int8 dynamic" in one.absent
+    assert "Not run: ONNX Runtime float32: " in race.absentees([outcome])
+    cells = dict((cells[0], cells[1]) for cells in bench_linear.peer_rows([outcome]))
+    assert cells["ONNX Runtime float32"] == "-" and cells["torch float32"].endswith("(1)")
+
+
+def test_networks_are_checked_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_networks
+
+    monkeypatch.setattr(bench_networks, "NETWORKS", [lambda: bench_networks.deit_s(depth=1, dim=48)])
+    monkeypatch.setattr(bench_networks, "BATCHES", [2])
+    results, text = bench_networks.run((), 1, 1, lambda line: None)
+    assert {result.case for result in results} == {"networks, W4A8, dynamic", "networks, W4A16"}
+    assert "torch float32" in {result.peer for result in results}
+    assert "| DeiT-S, random weights, batch 2 | 1 | torch float32 |" in text
+
+
+def test_a_slow_peer_is_timed_in_some_rounds_only() -> None:
+    import time
+
+    from benchmarks.race import Race, Runner, against, run_race
+
+    runners = [
+        Runner("ours", lambda: None, "ours"),
+        Runner("float", lambda: time.sleep(1e-3), "float32"),
+        Runner("slow", lambda: time.sleep(0.12), "int8"),
+    ]
+    outcome = run_race(Race("case", "shape", runners, threads=2), 4)
+    assert against(outcome, "ours", "float").rounds == 4
+    assert against(outcome, "ours", "slow").rounds == 2
+
+
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_solvers
     from benchmarks.harness import CheckFailed
