@@ -145,6 +145,18 @@ class Pack(nn.Module):
         return [packed, torch.ops.torchquant.unpack_codes(packed, bits=3, columns=weight.size(1))]
 
 
+class PackedLinear(nn.Module):
+    """The second argument as the weight, so that the dynamic dimension is that of the tokens."""
+
+    def forward(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight, bits=4, group_size=4)
+        packed, grid, levels = torch.ops.torchquant.linear_prepack(codes, scale, zero_point, bits=4, group_size=4)
+        outputs, inputs = weight.size(0), weight.size(1)
+        return torch.ops.torchquant.quantized_linear(
+            tokens, packed, grid, None, bits=4, in_features=inputs, out_features=outputs, group_size=4, levels=levels
+        )
+
+
 # What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
 PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Gram: ("gram_accumulate_",),
@@ -163,6 +175,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Subset: ("subset_select", "subset_quantize", "subset_dequantize"),
     Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
+    PackedLinear: ("linear_prepack", "quantized_linear"),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)

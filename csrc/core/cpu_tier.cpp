@@ -55,6 +55,14 @@ std::atomic<CpuTier>& current() {
 
 CpuTier cpu_tier() { return current().load(std::memory_order_relaxed); }
 
+bool cpu_has_vnni() {
+#ifdef TORCHQUANT_X86
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 std::string cpu_tier_name() { return name_of(cpu_tier()); }
 
 void set_cpu_tier(const std::string& name) { current() = parse(name); }

@@ -10,6 +10,7 @@ enum class CpuTier { scalar, avx2, avx512 };
 
 CpuTier cpu_tier();                    // the best tier this CPU runs, or TORCHQUANT_CPU_ISA
 std::vector<std::string> cpu_tiers();  // every tier this build and this CPU have, slowest first
+bool cpu_has_vnni();                   // 8-bit dot products beside the avx512 tier
 std::string cpu_tier_name();           // of the tier in use
 void set_cpu_tier(const std::string& name);  // tests and benchmarks; throws std::invalid_argument
                                              // for an unknown or absent tier

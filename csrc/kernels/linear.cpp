@@ -1,0 +1,234 @@
+// Packed low-bit linear layers: y = x W^T + b with integer activations (see linear.h).
+#include <csrc/kernels/linear.h>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <csrc/core/check.h>
+#include <csrc/core/device.h>
+#include <csrc/core/parallel.h>
+#include <csrc/kernels/prepacked.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace torchquant {
+namespace {
+
+constexpr const char* kOp = "quantized_linear";
+constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
+constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
+
+Epilogue parse_epilogue(std::string_view name) {
+  if (name == "none") return Epilogue::none;
+  if (name == "gelu") return Epilogue::gelu;
+  TORCH_CHECK_VALUE(name == "silu", kOp, ": activation must be none, gelu or silu, got '", name,
+                    "'");
+  return Epilogue::silu;
+}
+
+// The integer activations of all rows, and the tensors that own their memory.
+struct Activations {
+  at::Tensor integers;  // int8 or int16 [rows, blocks * 32]
+  at::Tensor sums;      // int32 [rows, groups]
+  at::Tensor scale;     // float32 [rows]
+  at::Tensor zero;      // float32 [rows], or undefined
+};
+
+struct InputGrid {
+  std::optional<at::Tensor> scale;
+  std::optional<at::Tensor> zero_point;
+  int64_t bits;
+
+  bool dynamic() const { return !scale.has_value(); }
+};
+
+void check_input(const at::Tensor& x, int64_t columns, const InputGrid& grid) {
+  const auto type = x.scalar_type();
+  const bool codes = type == at::kByte;
+  TORCH_CHECK_TYPE(codes || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, kOp,
+                   ": x must be float32, float16, bfloat16 or uint8 codes, got ", type);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == columns, kOp, ": x must be [..., ", columns,
+                    "], got ", x.sizes());
+  TORCH_CHECK_VALUE(grid.dynamic() == !grid.zero_point.has_value(), kOp,
+                    ": input_scale and input_zero_point must be given together");
+  TORCH_CHECK_VALUE(!codes || !grid.dynamic(), kOp, ": x of codes needs input_scale");
+  if (grid.dynamic()) {
+    TORCH_CHECK_VALUE(grid.bits == 8 || grid.bits == 16, kOp,
+                      ": input_bits must be 8 or 16 where the scale comes from x, got ", grid.bits);
+    return;
+  }
+  check_bits(kOp, grid.bits);
+  const int64_t rows = columns == 0 ? 0 : x.numel() / columns;
+  const int64_t count = grid.scale->numel();
+  for (const auto& [name, tensor] :
+       {std::pair{"input_scale", &*grid.scale}, {"input_zero_point", &*grid.zero_point}}) {
+    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
+                     tensor->scalar_type());
+    check_same_device(kOp, name, *tensor, x);
+    TORCH_CHECK_VALUE(tensor->numel() == count && (count == 1 || (codes && count == rows)), kOp,
+                      ": ", name, " must be one number", codes ? " or one for each row" : "",
+                      ", got ", tensor->sizes());
+  }
+}
+
+void quantize_chunks(QuantizeRows all, const at::Tensor& x) {
+  const int64_t columns = all.layout.columns, depth = all.layout.blocks * kBlockInputs;
+  const int64_t step = std::max<int64_t>(kQuantizeElements / std::max<int64_t>(columns, 1), 1);
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, (all.rows + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    bool own = true;
+    const int64_t first = begin * step;
+    QuantizeRows part = all;
+    part.rows = std::min(end * step, all.rows) - first;
+    if (part.x != nullptr) part.x += first * columns;
+    if (part.codes != nullptr) part.codes += first * columns;
+    if (part.narrow != nullptr) part.narrow += first * depth;
+    if (part.wide != nullptr) part.wide += first * depth;
+    if (part.a_scale != nullptr) part.a_scale += first;
+    part.sums += first * all.layout.groups;
+    part.finite = &own;
+    quantize_rows(part);
+    if (!own) finite = false;
+  });
+  if (!finite) check_finite(kOp, "x", x);
+}
+
+Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
+                                 const BlockLayout& layout, bool wide) {
+  const int64_t rows = x.size(0), depth = layout.blocks * kBlockInputs;
+  const auto options = x.options().requires_grad(false);
+  const auto floats = options.dtype(at::kFloat);
+  Activations a{at::empty({rows, depth}, options.dtype(wide ? at::kShort : at::kChar)),
+                at::empty({rows, layout.groups}, options.dtype(at::kInt)), at::Tensor(),
+                at::Tensor()};
+  QuantizeRows q{};
+  q.layout = layout;
+  q.rows = rows;
+  const bool codes = x.scalar_type() == at::kByte;
+  q.codes = codes ? x.const_data_ptr<uint8_t>() : nullptr;
+  q.x = codes ? nullptr : x.const_data_ptr<float>();
+  q.narrow = wide ? nullptr : a.integers.mutable_data_ptr<int8_t>();
+  q.wide = wide ? a.integers.mutable_data_ptr<int16_t>() : nullptr;
+  q.sums = a.sums.mutable_data_ptr<int32_t>();
+  if (grid.dynamic()) {
+    q.limit = grid.bits == 8 ? 127.0f : 32767.0f;
+    a.scale = at::empty({rows}, floats);
+    q.a_scale = a.scale.mutable_data_ptr<float>();
+  } else {
+    q.shift = 1 << (grid.bits - 1);
+    q.max_code = max_code_of(grid.bits);
+    a.scale = grid.scale->reshape({-1}).expand({rows}).contiguous();
+    a.zero = grid.zero_point->reshape({-1}).expand({rows}).sub(q.shift);
+    if (!codes) {
+      q.scale = grid.scale->item<float>();
+      q.zero_point = grid.zero_point->item<float>();
+      TORCH_CHECK_VALUE(q.scale > 0 && q.scale <= std::numeric_limits<float>::max(), kOp,
+                        ": input_scale must be positive, got ", q.scale);
+    }
+  }
+  quantize_chunks(q, x);
+  return a;
+}
+
+// Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
+void multiply(const PackedProduct& all) {
+  const BlockLayout& layout = all.weight.layout;
+  const int64_t depth = layout.blocks * kBlockInputs;
+  constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs, kRows = 192;
+  const int64_t panels = (all.last_tile + kPanelTiles - 1) / kPanelTiles;
+  const int64_t chunks = (all.rows + kRows - 1) / kRows;
+  const int64_t products = std::min(all.rows, kRows) * depth * kPanelOutputs;
+  const int64_t grain = std::max<int64_t>(kTaskProducts / std::max<int64_t>(products, 1), 1);
+  at::parallel_for(0, panels * chunks, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t chunk = begin / panels, panel = begin % panels;
+      const int64_t last = std::min(panels, panel + end - begin), row = chunk * kRows;
+      PackedProduct part = all;
+      part.first_tile = panel * kPanelTiles;
+      part.last_tile = std::min(last * kPanelTiles, all.last_tile);
+      part.rows = std::min(kRows, all.rows - row);
+      if (part.narrow != nullptr) part.narrow += row * depth;
+      if (part.wide != nullptr) part.wide += row * depth;
+      part.sums += row * layout.groups;
+      part.a_scale += row;
+      if (part.a_zero != nullptr) part.a_zero += row;
+      if (part.residual != nullptr) part.residual += row * all.weight.outputs;
+      part.out += row * all.weight.outputs;
+      packed_product(part);
+      begin += last - panel;
+    }
+  });
+}
+
+at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) count *= tensor.size(d);
+  const at::Tensor rows = tensor.reshape({count, columns});
+  return keep_type ? rows.contiguous() : rows.to(at::kFloat).contiguous();
+}
+
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
+                            const std::optional<at::Tensor>& bias, int64_t bits,
+                            int64_t in_features, int64_t out_features, int64_t group_size,
+                            const std::optional<at::Tensor>& levels,
+                            const std::optional<at::Tensor>& input_scale,
+                            const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
+                            std::string_view activation,
+                            const std::optional<at::Tensor>& residual) {
+  const InputGrid input{input_scale, input_zero_point, input_bits};
+  check_input(x, in_features, input);
+  const Prepacked weight(kOp, {packed, grid, levels, bits, in_features, out_features, group_size});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = out_features;
+  const bool codes = x.scalar_type() == at::kByte;
+  const at::Tensor rows = as_rows(x, in_features, codes);
+  const at::Tensor out =
+      at::empty({rows.size(0), out_features}, x.options().dtype(at::kFloat).requires_grad(false));
+  const Activations a = quantize_activations(rows, input, weight.view().layout,
+                                             input_bits == 16 || weight.needs_wide());
+  PackedProduct product{};
+  product.weight = weight.view();
+  product.last_tile = (out_features + kTileOutputs - 1) / kTileOutputs;
+  product.rows = rows.size(0);
+  if (a.integers.scalar_type() == at::kShort)
+    product.wide = a.integers.const_data_ptr<int16_t>();
+  else
+    product.narrow = a.integers.const_data_ptr<int8_t>();
+  product.sums = a.sums.const_data_ptr<int32_t>();
+  product.a_scale = a.scale.const_data_ptr<float>();
+  product.a_zero = a.zero.defined() ? a.zero.const_data_ptr<float>() : nullptr;
+  at::Tensor own_bias, own_residual;
+  if (bias.has_value()) {
+    check_shape(kOp, "bias", *bias, {out_features});
+    own_bias = bias->to(at::kFloat).contiguous();
+    product.bias = own_bias.const_data_ptr<float>();
+  }
+  if (residual.has_value()) {
+    check_shape(kOp, "residual", *residual, shape);
+    own_residual = as_rows(*residual, out_features, false);
+    product.residual = own_residual.const_data_ptr<float>();
+  }
+  product.epilogue = parse_epilogue(activation);
+  product.vnni = cpu_has_vnni();
+  product.out = out.mutable_data_ptr<float>();
+  if (out.numel() > 0) multiply(product);
+  return codes ? out.view(shape) : out.view(shape).to(x.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torchquant, m) {
+  m.def(
+      "quantized_linear(Tensor x, Tensor packed, Tensor grid, Tensor? bias=None, *, int bits, "
+      "SymInt in_features, SymInt out_features, int group_size=0, Tensor? levels=None, "
+      "Tensor? input_scale=None, Tensor? input_zero_point=None, int input_bits=8, "
+      "str activation=\"none\", Tensor? residual=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_linear", quantized_linear); }
+
+}  // namespace torchquant

@@ -1,0 +1,121 @@
+// y = x W^T + b with packed low-bit weights and integer activations:
+//
+//   y[m, n] = a_scale[m] * (sum_g scale[g, n] * (D[m, n, g] + offset[g, n] * S[m, g]) - a_zero[m] *
+//   sum[n]) + bias[n] D[m, n, g] = sum_k (u[n, k] - origin) * a[m, k], exact in int32     S[m, g] =
+//   sum_k a[m, k]     (k in group g)
+//
+// u is the weight's code, or its level + 128 where codes index a table. Floats enter only after D,
+// in one order and without fused multiply-add, so every tier and every number of threads gives the
+// same bits.
+//
+// Note [weight tiles]: 16 outputs x 32 inputs are a block. Its codes are eight vectors V[0..7] of
+// 64 bytes, byte 4 * o + j of V[s] being input 4 * s + j of output o: what one 64-byte (two
+// 32-byte) dot product takes. `bits` lines of 64 bytes hold a block: 8 bits line s = V[s]; 4 bits
+// line i = V[2i] | V[2i+1] << 4; 2 bits line i = V[4i] | V[4i+1] << 2 | V[4i+2] << 4 | V[4i+3] <<
+// 6; 3 bits the low two bits so, then one line of the high bits, V[s] at bit s. Groups begin at
+// blocks: each is padded to whole blocks, with zeros in the activations.
+#pragma once
+#include <csrc/core/cpu_tier.h>
+#include <csrc/core/quant_math.h>
+
+#include <cstdint>
+
+namespace torchquant {
+
+constexpr int64_t kTileOutputs = 16;
+constexpr int64_t kBlockInputs = 32;
+constexpr int64_t kLine = 64;          // bytes
+constexpr int64_t kPanelOutputs = 64;  // outputs of per-output numbers are padded to this
+
+// How columns lie in blocks. Groups are cut so short that sums of 16-bit activations fit in int32:
+// 2^(bits - 1) * 2^15 * columns <= 2^31, where levels of a table have eight bits.
+struct BlockLayout {
+  int64_t columns;
+  int64_t group_size;  // of the kernel: divides the quantizer's
+  int64_t groups;
+  int64_t group_blocks;
+  int64_t blocks;  // of a row
+  int64_t bits;    // of storage: 2, 3, 4 or 8
+
+  TORCHQUANT_HOST_DEVICE int64_t group_columns(int64_t g) const {
+    const int64_t left = columns - g * group_size;
+    return left < group_size ? left : group_size;
+  }
+  TORCHQUANT_HOST_DEVICE int64_t blocks_of_group(int64_t g) const {
+    return (group_columns(g) + kBlockInputs - 1) / kBlockInputs;
+  }
+};
+
+TORCHQUANT_HOST_DEVICE BlockLayout block_layout(int64_t columns, int64_t group_size, int64_t bits,
+                                                bool levels) {
+  const int64_t stored = levels ? 4 : bits > 4 ? 8 : bits;
+  const int64_t longest = int64_t{1} << (17 - (levels ? 8 : stored));
+  const int64_t whole = group_size == 0 || group_size > columns ? columns : group_size;
+  int64_t size = whole < 1 ? 1 : whole;
+  if (size > longest) {
+    size = longest;
+    while (group_size != 0 && whole % size != 0) --size;
+  }
+  const int64_t groups = columns == 0 ? 1 : (columns + size - 1) / size;
+  const int64_t group_blocks = (size + kBlockInputs - 1) / kBlockInputs;
+  BlockLayout layout{columns, size, groups, group_blocks, 0, stored};
+  layout.blocks = (groups - 1) * layout.group_blocks + layout.blocks_of_group(groups - 1);
+  return layout;
+}
+
+struct PackedWeight {
+  BlockLayout layout;
+  int64_t outputs;
+  int64_t stride;         // of scale and offset: outputs padded to kPanelOutputs
+  int32_t origin;         // the u of a weight that adds nothing to D
+  const uint8_t* packed;  // [outputs / 16, blocks, bits, 64]
+  const float* scale;     // [groups, stride]
+  const float* offset;    // [groups, stride], or null: none
+  const float* sum;       // [stride]: of the row's values
+  const int8_t* levels;   // [16], or [outputs padded to 16, 16] with level_stride 16, or null
+  int64_t level_stride;
+};
+
+enum class Epilogue : int32_t { none, gelu, silu };
+
+// Rows [0, rows) of `a` times tiles [first_tile, last_tile).
+struct PackedProduct {
+  PackedWeight weight;
+  int64_t first_tile;
+  int64_t last_tile;
+  int64_t rows;
+  const int8_t* narrow;   // [rows, blocks * 32], or null
+  const int16_t* wide;    // the same in 16 bits: inputs 0 2 1 3 of every four
+  const int32_t* sums;    // [rows, groups]
+  const float* a_scale;   // [rows]
+  const float* a_zero;    // [rows], or null: zero
+  const float* bias;      // [outputs], or null
+  const float* residual;  // [rows, outputs], or null
+  Epilogue epilogue;
+  bool vnni;   // the CPU has vpdpbusd and vpdpwssd for the tier
+  float* out;  // [rows, outputs]
+};
+
+// Activations to integers: a = clamp(round(x / scale + zero_point)) - shift, with the scale of the
+// row's largest magnitude where none is given.
+struct QuantizeRows {
+  BlockLayout layout;
+  int64_t rows;
+  const float* x;        // [rows, columns], or null: codes are given
+  const uint8_t* codes;  // [rows, columns]
+  float scale;           // 0: from the row, symmetric in [-limit, limit]
+  float zero_point;
+  float max_code;
+  int32_t shift;
+  float limit;
+  int8_t* narrow;
+  int16_t* wide;
+  int32_t* sums;
+  float* a_scale;  // written where the scale comes from the row
+  bool* finite;    // set to false where x is not
+};
+
+TORCHQUANT_TIER_LEAF(packed_product, PackedProduct)
+TORCHQUANT_TIER_LEAF(quantize_rows, QuantizeRows)
+
+}  // namespace torchquant

@@ -1,0 +1,300 @@
+// The kernel for 32-byte vectors. A tile's codes are unpacked into a panel in L1, which all rows
+// then use; up to four rows at once take them from their lines directly.
+//
+// Note [int16 windows]: vpmaddubsw adds two products u * a to an int16, and further pairs are added
+// in int16 (vpaddw) before vpmaddwd widens them. A window of w steps fits when
+// 2 w * 128 * max(u) < 2^15: 8 steps of four bits, 16 of three, 40 of two. Larger u (eight bits,
+// tables) and 16-bit activations go through vpmaddwd alone, in int32.
+#pragma once
+#include <csrc/kernels/linear_tile.h>
+#include <immintrin.h>
+
+namespace torchquant {
+namespace {
+
+constexpr int64_t kSegmentBlocks = 32;  // of a panel: 1024 inputs x 16 outputs = 16 KB
+constexpr int64_t kSteps = 8;           // of a block
+constexpr int64_t kRowsAtOnce = 192;    // sums and values of these rows stay in L1 and L2
+constexpr int64_t kPrefetch = 2048;
+
+using AnyInt32 = int32_t __attribute__((may_alias));
+
+inline __attribute__((always_inline)) __m256i broadcast4(const int8_t* a) {
+  return _mm256_set1_epi32(*reinterpret_cast<const AnyInt32*>(a));
+}
+
+// Written out: g++ 12 hoists the products above plain intrinsics and spills them.
+inline __attribute__((always_inline)) void add16(__m256i& sum, __m256i x) {
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+}
+inline __attribute__((always_inline)) void add32(__m256i& sum, __m256i x) {
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+}
+
+inline __attribute__((always_inline)) __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+inline __attribute__((always_inline)) void add_to(int32_t* sums, __m256i x) {
+  auto* const target = reinterpret_cast<__m256i*>(sums);
+  _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), x));
+}
+
+// Half h (32 bytes, eight outputs) of V[step], uniform codes.
+template <int kBits>
+inline __attribute__((always_inline)) __m256i half_step(const uint8_t* lines, int step, int h) {
+  constexpr int kLow = kBits == 3 ? 2 : kBits, kPerLine = 8 / kLow;
+  const int j = step % kPerLine;
+  const __m256i codes = load(lines + step / kPerLine * kLine + 32 * h);
+  if constexpr (kBits == 8) return codes;
+  __m256i u =
+      _mm256_and_si256(_mm256_srli_epi16(codes, j * kLow), _mm256_set1_epi8((1 << kLow) - 1));
+  if constexpr (kBits == 3) {
+    const __m256i high = load(lines + 2 * kLine + 32 * h);
+    const __m256i moved =
+        step < 2 ? _mm256_slli_epi16(high, 2 - step) : _mm256_srli_epi16(high, step - 2);
+    u = _mm256_or_si256(u, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
+  }
+  return u;
+}
+
+// u of half h from four-bit codes: lane l of tables[h][q] is the table of output 8 h + 4 l + q.
+struct LevelTables {
+  LevelTables(const PackedWeight& w, int64_t tile) {
+    if (w.levels == nullptr) return;
+    for (int h = 0; h < 2; ++h) {
+      for (int q = 0; q < 4; ++q) {
+        const int64_t row = tile * kTileOutputs + 8 * h + q;
+        const auto table = [&](int64_t r) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.levels + r * w.level_stride));
+        };
+        tables[h][q] =
+            _mm256_xor_si256(_mm256_set_m128i(table(row + 4), table(row)), _mm256_set1_epi8(-128));
+      }
+    }
+  }
+  inline __attribute__((always_inline)) __m256i look_up(__m256i codes, int h) const {
+    const __m256i even = _mm256_set1_epi64x(0xffffffff), pair = _mm256_set_epi64x(-1, 0, -1, 0);
+    const __m256i first = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[h][1], codes),
+                                             _mm256_shuffle_epi8(tables[h][0], codes), even);
+    const __m256i second = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[h][3], codes),
+                                              _mm256_shuffle_epi8(tables[h][2], codes), even);
+    return _mm256_blendv_epi8(first, second, pair);
+  }
+  __m256i tables[2][4];
+};
+
+template <int kBits>
+void unpack_blocks(const uint8_t* lines, int64_t blocks, const LevelTables* levels,
+                   uint8_t* panel) {
+  for (int64_t b = 0; b < blocks; ++b, lines += kBits * kLine, panel += kSteps * kLine) {
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        __m256i u = half_step<kBits>(lines, step, h);
+        if (levels != nullptr) u = levels->look_up(u, h);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel + step * kLine + 32 * h), u);
+      }
+    }
+  }
+}
+
+void unpack_segment(const PackedWeight& w, int64_t tile, int64_t block, int64_t blocks,
+                    const LevelTables* levels, uint8_t* panel) {
+  const uint8_t* lines = w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
+  switch (w.layout.bits) {
+    case 2:
+      return unpack_blocks<2>(lines, blocks, levels, panel);
+    case 3:
+      return unpack_blocks<3>(lines, blocks, levels, panel);
+    case 4:
+      return unpack_blocks<4>(lines, blocks, levels, panel);
+    default:
+      return unpack_blocks<8>(lines, blocks, levels, panel);
+  }
+}
+
+struct PanelSteps {
+  const uint8_t* panel;
+  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
+    return load(panel + (block * kSteps + step) * kLine + 32 * h);
+  }
+  void prefetch(int64_t) const {}
+};
+
+template <int kBits>
+struct PackedSteps {
+  const uint8_t* lines;
+  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
+    return half_step<kBits>(lines + block * kBits * kLine, step, h);
+  }
+  inline __attribute__((always_inline)) void prefetch(int64_t block) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBits; ++i)
+      __builtin_prefetch(lines + (block * kBits + i) * kLine + kPrefetch);
+  }
+};
+
+// sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
+template <int R, class Source>
+void add_narrow(const Source& source, int64_t blocks, int64_t window, const int8_t* a,
+                int64_t stride, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t first = 0; first < blocks; first += window) {
+    __m256i d[R][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
+    const int64_t end = first + window < blocks ? first + window : blocks;
+    for (int64_t b = first; b < end; ++b) {
+      source.prefetch(b);
+      const int8_t* const x = a + b * kBlockInputs;
+#pragma GCC unroll 8
+      for (int step = 0; step < kSteps; ++step) {
+        const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const __m256i four = broadcast4(x + r * stride + 4 * step);
+          add16(d[r][0], _mm256_maddubs_epi16(u0, four));
+          add16(d[r][1], _mm256_maddubs_epi16(u1, four));
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      add_to(sums + r * kTileOutputs, _mm256_madd_epi16(d[r][0], ones));
+      add_to(sums + r * kTileOutputs + 8, _mm256_madd_epi16(d[r][1], ones));
+    }
+  }
+}
+
+// The same for 16-bit activations (inputs 0 2 1 3 of every four).
+template <int R, class Source>
+void add_wide(const Source& source, int64_t blocks, const int8_t* a, int64_t stride,
+              int32_t* sums) {
+  const __m256i low = _mm256_set1_epi16(0xff);
+  __m256i d[R][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
+  for (int64_t b = 0; b < blocks; ++b) {
+    source.prefetch(b);
+    const int8_t* const x = a + b * kBlockInputs * 2;
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m256i u = source(b, step, h);
+        const __m256i even = _mm256_and_si256(u, low), odd = _mm256_srli_epi16(u, 8);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const int8_t* const four = x + r * stride + 8 * step;
+          add32(d[r][h], _mm256_madd_epi16(even, broadcast4(four)));
+          add32(d[r][h], _mm256_madd_epi16(odd, broadcast4(four + 4)));
+        }
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    add_to(sums + r * kTileOutputs, d[r][0]);
+    add_to(sums + r * kTileOutputs + 8, d[r][1]);
+  }
+}
+
+// One run of blocks times all rows of a chunk.
+struct Run {
+  const PackedProduct& p;
+  int64_t first_row;
+  int64_t rows;
+  int64_t block;
+  int64_t blocks;
+  int64_t window;
+  int32_t* sums;  // [rows, 16]
+
+  template <int R, class Source>
+  inline __attribute__((always_inline)) void take(const Source& source, int64_t& row) const {
+    const int64_t size = p.wide != nullptr ? 2 : 1;
+    const int64_t stride = p.weight.layout.blocks * kBlockInputs * size;
+    const auto* const all = p.wide != nullptr ? reinterpret_cast<const int8_t*>(p.wide) : p.narrow;
+    for (; row + R <= rows; row += R) {
+      const int8_t* const a = all + (first_row + row) * stride + block * kBlockInputs * size;
+      int32_t* const target = sums + row * kTileOutputs;
+      p.wide != nullptr ? add_wide<R>(source, blocks, a, stride, target)
+                        : add_narrow<R>(source, blocks, window, a, stride, target);
+    }
+  }
+
+  void from_panel(const uint8_t* panel) const {
+    int64_t row = 0;
+    take<6>(PanelSteps{panel}, row);
+    take<4>(PanelSteps{panel}, row);
+    take<2>(PanelSteps{panel}, row);
+    take<1>(PanelSteps{panel}, row);
+  }
+
+  template <int kBits>
+  void from_lines() const {
+    const PackedWeight& w = p.weight;
+    const PackedSteps<kBits> source{w.packed +
+                                    (tile * w.layout.blocks + block) * w.layout.bits * kLine};
+    int64_t row = 0;
+    take<4>(source, row);
+    take<2>(source, row);
+    take<1>(source, row);
+  }
+
+  int64_t tile;
+};
+
+void start_sums(const PackedProduct& p, int64_t g, int64_t first_row, int64_t rows, int32_t* sums) {
+  const uint32_t origin = static_cast<uint32_t>(p.weight.origin);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto sum = static_cast<uint32_t>(p.sums[(first_row + r) * p.weight.layout.groups + g]);
+    for (int64_t o = 0; o < kTileOutputs; ++o)
+      sums[r * kTileOutputs + o] = static_cast<int32_t>(-origin * sum);
+  }
+}
+
+void sum_group(const PackedProduct& p, const LevelTables* levels, int64_t tile, int64_t g,
+               int64_t first_row, int64_t rows, int32_t* sums) {
+  const BlockLayout& layout = p.weight.layout;
+  const int64_t block = g * layout.group_blocks, blocks = layout.blocks_of_group(g);
+  const int64_t window = layout.bits == 2 ? 4 : layout.bits == 3 ? 2 : 1;
+  start_sums(p, g, first_row, rows, sums);
+  if (rows <= 4 && layout.bits < 8 && levels == nullptr) {
+    const Run run{p, first_row, rows, block, blocks, window, sums, tile};
+    return layout.bits == 2   ? run.from_lines<2>()
+           : layout.bits == 3 ? run.from_lines<3>()
+                              : run.from_lines<4>();
+  }
+  alignas(64) uint8_t panel[kSegmentBlocks * kSteps * kLine];
+  for (int64_t b = 0; b < blocks; b += kSegmentBlocks) {
+    const int64_t count = blocks - b < kSegmentBlocks ? blocks - b : kSegmentBlocks;
+    unpack_segment(p.weight, tile, block + b, count, levels, panel);
+    Run{p, first_row, rows, block + b, count, window, sums, tile}.from_panel(panel);
+  }
+}
+
+void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int64_t rows) {
+  alignas(64) int32_t sums[kRowsAtOnce * kTileOutputs];
+  alignas(64) float values[kRowsAtOnce * kTileOutputs];
+  const int64_t output = tile * kTileOutputs;
+  const bool has_levels = p.weight.levels != nullptr;
+  const LevelTables levels(p.weight, tile);
+  for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
+    sum_group(p, has_levels ? &levels : nullptr, tile, g, first_row, rows, sums);
+    for (int64_t r = 0; r < rows; ++r)
+      add_group(p, g, first_row + r, output, sums + r * kTileOutputs, values + r * kTileOutputs);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    finish_row(p, first_row + r, output, outputs_of(p, tile, 1), values + r * kTileOutputs);
+}
+
+void run_avx2(const PackedProduct& p) {
+  for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
+    const int64_t rows = p.rows - row < kRowsAtOnce ? p.rows - row : kRowsAtOnce;
+    for (int64_t tile = p.first_tile; tile < p.last_tile; ++tile) run_avx2_tile(p, tile, row, rows);
+  }
+}
+
+}  // namespace
+}  // namespace torchquant

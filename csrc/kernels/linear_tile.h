@@ -1,0 +1,120 @@
+// What the kernels of every tier share, for linear.tier.cpp: codes out of their lines, and the way
+// from sums to outputs.
+#pragma once
+#include <csrc/kernels/linear.h>
+
+namespace torchquant {
+namespace {
+
+// The u of a weight (see linear.h) from its code, for tile-relative output o.
+inline uint8_t entry_of(const PackedWeight& weight, int64_t tile, int64_t o, uint8_t code) {
+  if (weight.levels == nullptr) return code;
+  const int64_t row = (tile * kTileOutputs + o) * weight.level_stride;
+  return static_cast<uint8_t>(weight.levels[row + code] + 128);
+}
+
+// Code of byte i of V[step] in a block (Note [weight tiles]).
+inline uint8_t code_in_block(const uint8_t* lines, int64_t bits, int64_t step, int64_t i) {
+  switch (bits) {
+    case 8:
+      return lines[step * kLine + i];
+    case 4:
+      return (lines[step / 2 * kLine + i] >> (step % 2 * 4)) & 15;
+    case 2:
+      return (lines[step / 4 * kLine + i] >> (step % 4 * 2)) & 3;
+    default: {
+      const uint8_t low = (lines[step / 4 * kLine + i] >> (step % 4 * 2)) & 3;
+      const uint8_t high = (lines[2 * kLine + i] >> step) & 1;
+      return static_cast<uint8_t>(low | (high << 2));
+    }
+  }
+}
+
+// values (+)= scale * (D + offset * S), for one row, group and tile.
+inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t output,
+                      const int32_t* d, float* values) {
+  const PackedWeight& w = p.weight;
+  const float* __restrict__ scale = w.scale + g * w.stride + output;
+  float added[kTileOutputs];
+  for (int64_t o = 0; o < kTileOutputs; ++o) added[o] = static_cast<float>(d[o]);
+  if (w.offset != nullptr) {
+    const float sum = static_cast<float>(p.sums[row * w.layout.groups + g]);
+    const float* __restrict__ offset = w.offset + g * w.stride + output;
+    for (int64_t o = 0; o < kTileOutputs; ++o) added[o] += offset[o] * sum;
+  }
+  for (int64_t o = 0; o < kTileOutputs; ++o) added[o] *= scale[o];
+  for (int64_t o = 0; o < kTileOutputs; ++o) values[o] = g == 0 ? added[o] : values[o] + added[o];
+}
+
+// e^x for x in [-87, 0], by 2^n e^r with |r| <= ln(2) / 2 and e^r's series to the seventh power
+// (relative error 1e-7).
+inline __attribute__((always_inline)) float exp_of_negative(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float n = round_to_integer(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float e = 1.0f / 5040;
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  union {
+    int32_t bits;
+    float value;
+  } power = {(static_cast<int32_t>(n) + 127) << 23};
+  return e * power.value;
+}
+
+// x (1 + erf(x / sqrt 2)) / 2, by Abramowitz and Stegun 7.1.26 (absolute error of erf 1.5e-7).
+inline __attribute__((always_inline)) float gelu(float x) {
+  const float z = absolute(x) * 0.70710678f;
+  const float t = 1.0f / (1.0f + 0.3275911f * z);
+  const float p =
+      t * (0.254829592f +
+           t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  const float tail = 0.5f * p * exp_of_negative(-z * z);  // of the normal distribution, beyond |x|
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+inline __attribute__((always_inline)) float silu(float x) {
+  const float e = exp_of_negative(-absolute(x));
+  return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+// One row's sums over groups to outputs [output, output + count).
+inline void finish_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
+                       float* values) {
+  const float a_scale = p.a_scale[row];
+  float* __restrict__ y = values;
+  if (p.a_zero != nullptr) {
+    const float zero = p.a_zero[row];
+    const float* __restrict__ sum = p.weight.sum + output;
+    for (int64_t o = 0; o < count; ++o) y[o] -= zero * sum[o];
+  }
+  for (int64_t o = 0; o < count; ++o) y[o] *= a_scale;
+  if (p.bias != nullptr) {
+    const float* __restrict__ bias = p.bias + output;
+    for (int64_t o = 0; o < count; ++o) y[o] += bias[o];
+  }
+  if (p.epilogue == Epilogue::gelu) {
+    for (int64_t o = 0; o < count; ++o) y[o] = gelu(y[o]);
+  } else if (p.epilogue == Epilogue::silu) {
+    for (int64_t o = 0; o < count; ++o) y[o] = silu(y[o]);
+  }
+  if (p.residual != nullptr) {
+    const float* __restrict__ residual = p.residual + row * p.weight.outputs + output;
+    for (int64_t o = 0; o < count; ++o) y[o] += residual[o];
+  }
+  float* __restrict__ out = p.out + row * p.weight.outputs + output;
+  for (int64_t o = 0; o < count; ++o) out[o] = y[o];
+}
+
+inline int64_t outputs_of(const PackedProduct& p, int64_t tile, int64_t tiles) {
+  const int64_t left = p.weight.outputs - tile * kTileOutputs, whole = tiles * kTileOutputs;
+  return left < whole ? left : whole;
+}
+
+}  // namespace
+}  // namespace torchquant

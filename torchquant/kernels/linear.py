@@ -1,0 +1,135 @@
+"""Linear layers with packed low-bit weights and integer activations."""
+
+import torch
+from torch import Tensor
+
+
+def linear_prepack(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int = 0,
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight in the order in which `quantized_linear` reads it; the same for every CPU tier.
+
+    ``W = (codes - zero_point) * scale``, or with a table ``W = levels[codes] * scale``.
+
+    Args:
+        codes: uint8 ``[N, K]``.
+        scale: float32 ``[N, G]``, ``G = ceil(K / group_size)``, 1 for ``group_size`` 0.
+        zero_point: float32 ``[N, G]``; None: ``2**(bits-1)``, which costs nothing at run time.
+        bits: 2..8. Stored are 2, 3, 4 or 8 bits a code (tables: 4).
+        group_size: columns that share a scale. Groups are padded to multiples of 32 columns.
+        levels: int8 ``[2**bits]`` for all rows or ``[N, 2**bits]`` for each; ``bits`` at most 4, without zero point.
+            Levels that are multiples of 1/32 (SubsetQ's) are exact as ``32 * level`` with ``scale / 32``.
+
+    Returns:
+        packed: uint8 ``[ceil(N / 16), blocks, stored bits, 64]``.
+        grid: float32 ``[G' + 1, N']`` (``[2 * G' + 1, N']`` with zero points): scales, offsets and the sum of each
+            row's values; N' is N padded to 64, and groups so long that int32 sums could overflow are several of the G'.
+        levels: int8 ``[16]`` or ``[N padded to 16, 16]``; ``[0]`` without a table.
+
+    Raises:
+        ValueError: wrong shapes or bits, codes beyond ``2**bits``, a zero point beside levels, or a NaN or Inf.
+        TypeError: wrong dtype. NotImplementedError: not on a CPU.
+    """
+    return torch.ops.torchquant.linear_prepack(
+        codes, scale, zero_point, bits=bits, group_size=group_size, levels=levels
+    )
+
+
+def quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    grid: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    in_features: int,
+    out_features: int,
+    group_size: int = 0,
+    levels: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_bits: int = 8,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y = f(x W^T + b) + residual`` with x as integers: exact integer sums, the same bits on every tier and for any
+    number of threads.
+
+    ``x = (a - input_zero_point) * input_scale``. Three kinds of input:
+
+    - float x without ``input_scale``: symmetric integers of each row (token), ``a = round(x * limit / max|x|)`` with
+      limit 127 (``input_bits`` 8) or 32767 (16: as good as float activations);
+    - float x with ``input_scale`` ``[]``: the codes that `torchquant.quantizers.uniform_quantize` gives, made inside;
+    - uint8 x: such codes, with ``input_scale`` of one number or one for each row.
+
+    Args:
+        x: float32, float16, bfloat16 or uint8 ``[..., K]``.
+        packed, grid, levels: from `linear_prepack`, with its ``bits`` and ``group_size``.
+        bias: float ``[N]``.
+        input_scale, input_zero_point: float32.
+        input_bits: 8 or 16 without ``input_scale``, else 2..8.
+        activation: ``"none"``, ``"gelu"`` (exact, erf) or ``"silu"``.
+        residual: float ``[..., N]``, added last.
+
+    Returns:
+        ``[..., N]`` in x's dtype (float32 for codes).
+
+    Raises:
+        ValueError: wrong shapes, bits or activation, a scale that is not positive, or a NaN or Inf in x.
+        TypeError: wrong dtype.
+    """
+    return torch.ops.torchquant.quantized_linear(
+        x,
+        packed,
+        grid,
+        bias,
+        bits=bits,
+        in_features=in_features,
+        out_features=out_features,
+        group_size=group_size,
+        levels=levels,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+        input_bits=input_bits,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def kernel_groups(columns: int, group_size: int, stored: int, levels: bool) -> tuple[int, int]:
+    """Groups and blocks of a row, as `linear_prepack` lays it out."""
+    longest = 1 << (17 - (8 if levels else stored))
+    whole = columns if group_size == 0 else min(group_size, columns)
+    size = max(whole, 1)
+    if size > longest:
+        size = longest
+        while group_size != 0 and whole % size != 0:
+            size -= 1
+    groups = max((columns + size - 1) // size, 1)
+    last = columns - (groups - 1) * size
+    return groups, (groups - 1) * ((size + 31) // 32) + (last + 31) // 32
+
+
+@torch.library.register_fake("torchquant::linear_prepack")
+def _(codes, scale, zero_point=None, *, bits, group_size=0, levels=None):  # type: ignore[no-untyped-def]
+    rows, columns = codes.shape
+    stored = 4 if levels is not None else bits if bits <= 4 else 8
+    groups, blocks = kernel_groups(columns, group_size, stored, levels is not None)
+    table = [0] if levels is None else [16] if levels.dim() == 1 else [(rows + 15) // 16 * 16, 16]
+    return (
+        codes.new_empty([(rows + 15) // 16, blocks, stored, 64]),
+        scale.new_empty([groups * (1 if zero_point is None else 2) + 1, (rows + 63) // 64 * 64]),
+        codes.new_empty(table, dtype=torch.int8),
+    )
+
+
+@torch.library.register_fake("torchquant::quantized_linear")
+def _(x, packed, grid, bias=None, *, bits, in_features, out_features, **options):  # type: ignore[no-untyped-def]
+    dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
