@@ -19,8 +19,9 @@ onnx = pytest.importorskip("onnx", reason=REASON)
 runtime = pytest.importorskip("onnxruntime", reason=REASON)
 pytest.importorskip("onnxscript", reason=REASON)
 
-# Float sums in another order: a few units in the last place, relative to the norm of the outputs.
-SUMS = 1e-5
+# Layers without an input quantizer take 16-bit integers of each row, ONNX Runtime floats: half of 1 / 32767 of the
+# row's largest input, relative to the norm of the outputs.
+SUMS = 1e-4
 # The same may move an activation over a rounding edge. One code of 3 bits in one of 16 x 16 activations of one of 16
 # pictures is 1 / sqrt(16 * 16 * 16) = 1.6 % of a layer's output before the others dilute it.
 FLIPS = 1e-2

@@ -83,7 +83,7 @@ def test_shared_layers_named_inputs_and_a_batch_of_one(tmp_path):
     x, other = torch.randn(5, 24), torch.randn(5, 24)
     with torch.no_grad():
         wanted = model(x, other)[0]
-    torch.testing.assert_close(outputs(path, x, other)[0], wanted)
+    torch.testing.assert_close(outputs(path, x, other)[0], wanted, rtol=1e-4, atol=2e-4)
     export(model, path, {"other": torch.randn(2, 24), "x": torch.randn(2, 24)})
 
 
@@ -110,7 +110,7 @@ def test_weights_that_are_read(tmp_path):
     model = Reads().eval()
     x, path = torch.randn(3, 24), tmp_path / "model.onnx"
     export(model, path, torch.randn(2, 24))
-    torch.testing.assert_close(outputs(path, x)[0], model(x))
+    torch.testing.assert_close(outputs(path, x)[0], model(x), rtol=1e-4, atol=2e-4)
 
 
 # --- errors ---

@@ -140,6 +140,7 @@ def load(folder: str | Path, model_or_factory: nn.Module | Callable[[], nn.Modul
             place.fill()
     for name, layer in layers.items():
         layer.float_like = layer.weight_scale.new_empty(0, dtype=getattr(torch, config["layers"][name]["dtype"]))
+        layer.prepack()
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pack_codes
+from ..kernels import linear_prepack, pack_codes, unpack_codes
 
 
 class QuantizedLayer(nn.Module):
@@ -16,6 +16,9 @@ class QuantizedLayer(nn.Module):
     ``weight_shape`` int64 (the float weight's shape), ``bias``. Scale and zero point stay float32 under ``.to(dtype)``:
     rounded to half they would no longer be the ones that the codes were solved for. ``input_quantizer``, when there is
     one, comes before the product.
+
+    On a CPU, ``kernel_weight`` and ``kernel_grid`` are the same weight in the order in which the packed kernels read
+    it; they follow from the other buffers and are in no state_dict.
     """
 
     weight_packed: Tensor
@@ -23,6 +26,8 @@ class QuantizedLayer(nn.Module):
     weight_zero_point: Tensor
     weight_shape: Tensor
     float_like: Tensor
+    kernel_weight: Tensor
+    kernel_grid: Tensor
     __jit_unused_properties__ = ("weight",)
 
     def __init__(self, rows: int, columns: int, shape: tuple[int, ...], bits: int, group_size: int, bias: bool) -> None:
@@ -37,6 +42,8 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer: Any = None  # or an ActivationQuantizer
         # Empty: it follows .to(dtype), and so remembers which dtype `weight` is expected in.
         self.register_buffer("float_like", torch.zeros(0), persistent=False)
+        self.register_buffer("kernel_weight", torch.zeros(0, dtype=torch.uint8), persistent=False)
+        self.register_buffer("kernel_grid", torch.zeros(0), persistent=False)
 
     def fill(self, module: nn.Module, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Take over codes and grid, and the float layer's bias, dtype, device and mode."""
@@ -48,6 +55,24 @@ class QuantizedLayer(nn.Module):
         self.float_like = weight.new_empty(0)
         self.bias = bias.detach().clone() if isinstance(bias, Tensor) else None
         self.train(module.training)
+        self.prepack()
+
+    @torch.jit.ignore
+    def prepack(self) -> None:
+        """Derive what the packed kernels read, where this layer has one and lies on a CPU."""
+
+    @torch.jit.ignore
+    def prepacked_matrix(self) -> tuple[Tensor, Tensor]:
+        codes = unpack_codes(self.weight_packed, bits=self.bits, columns=self.columns)
+        symmetric = bool((self.weight_zero_point == 2 ** (self.bits - 1)).all())
+        zero_point = None if symmetric else self.weight_zero_point
+        return linear_prepack(codes, self.weight_scale, zero_point, bits=self.bits, group_size=self.group_size)[:2]
+
+    def kernel_runs(self, x: Tensor) -> bool:
+        """Whether the packed kernel can take ``x``: it is there, knows the dtype, and nobody wants a gradient."""
+        if self.kernel_weight.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        return x.dtype == torch.float32 or x.dtype == torch.float16 or x.dtype == torch.bfloat16
 
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -76,12 +101,20 @@ class QuantizedLayer(nn.Module):
         return self.dequantized_weight().to(self.float_like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        scale, zero_point = self.weight_scale, self.weight_zero_point
+        scale, zero_point, grid = self.weight_scale, self.weight_zero_point, self.kernel_grid
         super()._apply(fn, recurse)
+        device = self.weight_packed.device
         if self.weight_scale.dtype != torch.float32:
-            device = self.weight_scale.device
             self.weight_scale, self.weight_zero_point = scale.to(device), zero_point.to(device)
+            self.kernel_grid = grid.to(device)
+        if device != grid.device:
+            self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), grid.new_empty(0, device=device)
+            self.prepack()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepack()
 
     def scheme_repr(self) -> str:
         group = f"group_size={self.group_size}, " if self.group_size else ""

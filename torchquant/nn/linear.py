@@ -1,5 +1,6 @@
 """Linear with a low-bit weight; also stands in for Hugging Face's ``Conv1D``."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,7 +9,11 @@ from .layout import is_hf_conv1d
 
 
 class QLinear(QuantizedLayer):
-    """``y = x W^T + b`` with ``W = (codes - zero_point) * scale``, in the input's dtype."""
+    """``y = x W^T + b`` with ``W = (codes - zero_point) * scale``, in the input's dtype.
+
+    On a CPU by `torchquant.kernels.quantized_linear` on the codes of a uniform input quantizer; without a quantizer on
+    the input's 16-bit integers (each row's scale its own). Elsewhere, and where a gradient is wanted, in floats.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group_size: int = 0, bias: bool = True
@@ -33,7 +38,33 @@ class QLinear(QuantizedLayer):
         rows, columns = reversed(weight.shape) if is_hf_conv1d(module) else weight.shape
         return cls(columns, rows, bits=bits, group_size=group_size, bias=module.bias is not None)
 
+    @torch.jit.ignore
+    def prepack(self) -> None:
+        if self.weight_packed.device.type == "cpu":
+            self.kernel_weight, self.kernel_grid = self.prepacked_matrix()
+
+    def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
+        return torch.ops.torchquant.quantized_linear(
+            x,
+            self.kernel_weight,
+            self.kernel_grid,
+            self.bias,
+            bits=self.bits,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            group_size=self.group_size,
+            input_scale=scale,
+            input_zero_point=zero_point,
+            input_bits=input_bits,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_runs(x):
+            if self.input_quantizer is None:
+                return self.product(x, None, None, 16)
+            elif self.input_quantizer.is_integer():
+                integers, scale, zero_point = self.input_quantizer.for_kernel(x)
+                return self.product(integers, scale, zero_point, self.input_quantizer.bits).to(x.dtype)
         x = self.quantized_input(x)
         return F.linear(x, self.matrix().to(x.dtype), self.bias_for(x))
 

@@ -29,6 +29,15 @@ class ActivationQuantizer(nn.Module):
         for key, value in buffers.items():
             self.register_buffer(key, None if value is None else value.detach().float().clone())
 
+    def is_integer(self) -> bool:
+        """Whether values are ``(code - zero_point) * scale`` with one grid for a tensor or for each of its rows: then
+        products can be taken in integers."""
+        return False
+
+    def for_kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the packed kernels take, where ``is_integer()``: x or its codes, scale and zero point."""
+        return x, torch.ones(1), torch.zeros(1)
+
     def inside(self, x: Tensor) -> Tensor:
         """Where x lies in the range that the codes cover."""
         return torch.ones_like(x, dtype=torch.bool)
@@ -98,6 +107,14 @@ class UniformQuantizer(ActivationQuantizer):
         values = torch.ops.torchquant.uniform_dequantize(self.codes(x), self.scale, self.zero_point, axis=self.axis)
         return values.to(x.dtype)
 
+    @torch.jit.export
+    def is_integer(self) -> bool:
+        return self.scale.numel() == 1
+
+    @torch.jit.export
+    def for_kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, self.scale, self.zero_point
+
     @torch.jit.ignore
     def ends(self) -> tuple[Tensor, Tensor]:
         return -self.zero_point * self.scale, (2**self.bits - 1 - self.zero_point) * self.scale
@@ -151,6 +168,16 @@ class DynamicQuantizer(ActivationQuantizer):
         scale, zero_point = self.grid(plain(x))
         codes = torch.ops.torchquant.uniform_quantize(plain(x), scale, zero_point, bits=self.bits, axis=self.axis)
         return torch.ops.torchquant.uniform_dequantize(codes, scale, zero_point, axis=self.axis).to(x.dtype)
+
+    @torch.jit.export
+    def is_integer(self) -> bool:
+        return self.granularity != "channel"
+
+    @torch.jit.export
+    def for_kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, zero_point = self.grid(plain(x))
+        codes = torch.ops.torchquant.uniform_quantize(plain(x), scale, zero_point, bits=self.bits, axis=self.axis)
+        return codes, scale, zero_point
 
 
 class TableQuantizer(ActivationQuantizer):
