@@ -4,6 +4,8 @@
 #include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+
 namespace torchquant {
 
 void check_matrix(const char* op, const char* argument, const at::Tensor& matrix) {
@@ -39,7 +41,26 @@ void check_same_device(const char* op, const char* argument, const at::Tensor& t
                     weight.device(), ", got ", tensor.device());
 }
 
+namespace {
+
+constexpr int64_t kFewValues = 64;
+
+// Grids of activations are one value mostly: a loop costs less than a call into ATen.
+bool few_and_finite(const at::Tensor& tensor) {
+  if (tensor.scalar_type() != at::kFloat || !tensor.is_cpu() || tensor.numel() > kFewValues ||
+      !tensor.is_contiguous())
+    return false;
+  const float* const values = tensor.const_data_ptr<float>();
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    if (!std::isfinite(values[i])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
+  if (few_and_finite(tensor)) return;
   // A finite sum proves every element finite; only an unlucky (overflowing) or a bad tensor pays
   // for the second look.
   if (at::isfinite(at::sum(tensor, at::kFloat)).item<bool>()) return;

@@ -23,12 +23,17 @@ inline __attribute__((always_inline)) __m256i broadcast4(const int8_t* a) {
   return _mm256_set1_epi32(*reinterpret_cast<const AnyInt32*>(a));
 }
 
-// Written out: g++ 12 hoists the products above plain intrinsics and spills them.
-inline __attribute__((always_inline)) void add16(__m256i& sum, __m256i x) {
-  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+// Written out, product and sum together: g++ 12 hoists the products of intrinsics and spills them.
+inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u, __m256i a) {
+  __m256i products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
 }
-inline __attribute__((always_inline)) void add32(__m256i& sum, __m256i x) {
-  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+// With its broadcast, which otherwise would be kept for the other half of the outputs, in memory.
+inline __attribute__((always_inline)) void add_pairs(__m256i& sum, __m256i u, const int8_t* a) {
+  __m256i products;
+  asm("vpbroadcastd %3, %1\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=&x"(products)
+      : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
 }
 
 inline __attribute__((always_inline)) __m256i load(const void* from) {
@@ -137,8 +142,8 @@ struct PackedSteps {
 
 // sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
 template <int R, class Source>
-void add_narrow(const Source& source, int64_t blocks, int64_t window, const int8_t* a,
-                int64_t stride, int32_t* sums) {
+__attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, int64_t window,
+                                          const int8_t* a, int64_t stride, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t first = 0; first < blocks; first += window) {
     __m256i d[R][2];
@@ -154,8 +159,8 @@ void add_narrow(const Source& source, int64_t blocks, int64_t window, const int8
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const __m256i four = broadcast4(x + r * stride + 4 * step);
-          add16(d[r][0], _mm256_maddubs_epi16(u0, four));
-          add16(d[r][1], _mm256_maddubs_epi16(u1, four));
+          add_products(d[r][0], u0, four);
+          add_products(d[r][1], u1, four);
         }
       }
     }
@@ -169,8 +174,8 @@ void add_narrow(const Source& source, int64_t blocks, int64_t window, const int8
 
 // The same for 16-bit activations (inputs 0 2 1 3 of every four).
 template <int R, class Source>
-void add_wide(const Source& source, int64_t blocks, const int8_t* a, int64_t stride,
-              int32_t* sums) {
+__attribute__((noinline)) void add_wide(const Source& source, int64_t blocks, const int8_t* a,
+                                        int64_t stride, int32_t* sums) {
   const __m256i low = _mm256_set1_epi16(0xff);
   __m256i d[R][2];
 #pragma GCC unroll 6
@@ -187,8 +192,8 @@ void add_wide(const Source& source, int64_t blocks, const int8_t* a, int64_t str
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const int8_t* const four = x + r * stride + 8 * step;
-          add32(d[r][h], _mm256_madd_epi16(even, broadcast4(four)));
-          add32(d[r][h], _mm256_madd_epi16(odd, broadcast4(four + 4)));
+          add_pairs(d[r][h], even, four);
+          add_pairs(d[r][h], odd, four + 4);
         }
       }
     }

@@ -53,8 +53,9 @@ void check_grids(const char* op, const at::Tensor& x, const at::Tensor& scale,
     check_finite(op, name, *tensor);
   }
   check_shape(op, "zero_point", zero_point, scale.sizes());
-  TORCH_CHECK_VALUE(scale.gt(0).all().item<bool>(), op, ": scale must be positive, got ",
-                    scale.min().item<float>());
+  const bool positive =
+      scale.numel() == 1 ? scale.item<float>() > 0 : scale.gt(0).all().item<bool>();
+  TORCH_CHECK_VALUE(positive, op, ": scale must be positive, got ", scale.min().item<float>());
 }
 
 int64_t rows_of(const at::Tensor& x) { return x.numel() / std::max<int64_t>(x.size(-1), 1); }
