@@ -157,6 +157,16 @@ class PackedLinear(nn.Module):
         )
 
 
+class PackedConv(nn.Module):
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        images = rows.view(-1, 10, 2, 2)
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight, bits=4)
+        packed, grid, _ = torch.ops.torchquant.conv_prepack(codes, scale, zero_point, bits=4, kernel_size=[2, 2])
+        return torch.ops.torchquant.quantized_conv2d(
+            images, packed, grid, None, bits=4, in_channels=10, out_channels=200, kernel_size=[2, 2], padding=[1, 1]
+        )
+
+
 # What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
 PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Gram: ("gram_accumulate_",),
@@ -176,6 +186,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
     PackedLinear: ("linear_prepack", "quantized_linear"),
+    PackedConv: ("conv_prepack", "quantized_conv2d"),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)

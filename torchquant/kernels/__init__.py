@@ -1,11 +1,14 @@
 from .attention import quantized_attention
+from .conv import conv_prepack, quantized_conv2d
 from .linear import linear_prepack, quantized_linear
 from .pack import pack_codes, unpack_codes
 
 __all__ = [
+    "conv_prepack",
     "linear_prepack",
     "pack_codes",
     "quantized_attention",
+    "quantized_conv2d",
     "quantized_linear",
     "unpack_codes",
 ]

@@ -1,0 +1,219 @@
+#include <csrc/kernels/conv_quantize.h>
+#include <csrc/kernels/linear_tile.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace torchquant::TORCHQUANT_TIER {
+namespace {
+
+constexpr int64_t kPixels = 64;  // quantized at once: their channels' integers stay in L1
+
+int64_t pixel_offset(const QuantizeImage& q, int64_t pixel) {
+  const int64_t y = pixel / q.size.w, x = pixel % q.size.w;
+  return ((y + q.before.h) * q.padded_width + x + q.before.w) * q.channels;
+}
+
+// One pixel's `count` channels, of a transposed block.
+template <class To>
+void copy_channels(const To* from, int64_t count, To* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// Integers [lanes channels][kPixels] to `pixels` pixels at `targets`.
+template <class To>
+void scatter(const To* integers, int64_t pixels, int64_t channels, To* const* targets) {
+  constexpr int64_t kStep = kLanes<To>;
+  for (int64_t p = 0; p < pixels; p += kStep) {
+    if (p + kStep <= pixels && channels == kStep) {
+      transpose(integers + p, kPixels, [&](int64_t i) { return targets[p + i]; });
+      continue;
+    }
+    To block[kStep][kStep];
+    transpose(integers + p, kPixels, [&](int64_t i) { return block[i]; });
+    for (int64_t i = 0; i < kStep && p + i < pixels; ++i)
+      copy_channels(block[i], channels, targets[p + i]);
+  }
+}
+
+template <class From, class To>
+void from_planes(const QuantizeImage& q, const From* x, To* image) {
+  constexpr int64_t kStep = kLanes<To>;
+  To integers[kStep * kPixels] = {};
+  To* targets[kPixels];
+  for (int64_t first = q.first; first < q.last; first += kPixels) {
+    const int64_t pixels = q.last - first < kPixels ? q.last - first : kPixels;
+    for (int64_t p = 0; p < pixels; ++p) targets[p] = image + pixel_offset(q, first + p);
+    for (int64_t c = 0; c < q.channels; c += kStep) {
+      const int64_t channels = q.channels - c < kStep ? q.channels - c : kStep;
+      for (int64_t i = 0; i < channels; ++i)
+        integers_of(q.grid, x + (c + i) * q.size.area() + first, pixels, integers + i * kPixels);
+      scatter(integers, pixels, channels, targets);
+      for (int64_t p = 0; p < pixels; ++p) targets[p] += kStep;
+    }
+  }
+}
+
+// Pixels of one image row at a time: their channels are contiguous on both sides.
+template <class From, class To>
+void from_pixels(const QuantizeImage& q, const From* x, To* image) {
+  for (int64_t first = q.first; first < q.last;) {
+    const int64_t row_end = (first / q.size.w + 1) * q.size.w;
+    const int64_t end = row_end < q.last ? row_end : q.last;
+    integers_of(q.grid, x + first * q.channels, (end - first) * q.channels,
+                image + pixel_offset(q, first));
+    first = end;
+  }
+}
+
+template <class From>
+void quantize_from(const QuantizeImage& q, const From* x) {
+  if (q.channels_last) return q.wide ? from_pixels(q, x, q.wide) : from_pixels(q, x, q.narrow);
+  q.wide ? from_planes(q, x, q.wide) : from_planes(q, x, q.narrow);
+}
+
+bool pixels_are_finite(const QuantizeImage& q) {
+  int32_t largest = 0;
+  const int64_t count = q.last - q.first;
+  const int64_t runs = q.channels_last ? 1 : q.channels;
+  for (int64_t c = 0; c < runs; ++c) {
+    const int64_t from = q.channels_last ? q.first * q.channels : c * q.size.area() + q.first;
+    const int32_t bits = magnitude_bits(q.x + from, q.channels_last ? count * q.channels : count);
+    largest = largest > bits ? largest : bits;
+  }
+  return largest <= kFiniteBits;
+}
+
+// Exactly `count` bytes, in pieces that overlap at the end.
+template <class Piece>
+inline __attribute__((always_inline)) void copy_pieces(const char* from, char* to, int64_t count) {
+  constexpr int64_t kSize = sizeof(Piece);
+  for (int64_t i = 0; i + kSize < count; i += kSize) __builtin_memcpy(to + i, from + i, kSize);
+  __builtin_memcpy(to + count - kSize, from + count - kSize, kSize);
+}
+
+inline __attribute__((always_inline)) void copy_run(const void* from, void* to, int64_t count) {
+  struct Sixteen {
+    char bytes[16];
+  };
+  const auto* const source = static_cast<const char*>(from);
+  auto* const target = static_cast<char*>(to);
+  if (count >= 16) return copy_pieces<Sixteen>(source, target, count);
+  if (count >= 4) return copy_pieces<int32_t>(source, target, count);
+  for (int64_t i = 0; i < count; ++i) target[i] = source[i];
+}
+
+// Sum of whole blocks of 32.
+int32_t sum_of(const int8_t* __restrict__ a, int64_t count) {
+#if defined(__AVX2__)
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += kBlockInputs) {
+    const __m256i u = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)),
+                                       _mm256_set1_epi8(-128));
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(u, _mm256_setzero_si256()));
+  }
+  alignas(32) int64_t parts[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(parts), total);
+  return static_cast<int32_t>(parts[0] + parts[1] + parts[2] + parts[3] - 128 * count);
+#else
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += a[i];
+  return sum;
+#endif
+}
+
+int32_t sum_of(const int16_t* __restrict__ a, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += a[i];
+  return sum;
+}
+
+// Inputs 0 2 1 3 of every four. Those after a group's last are zero, whatever an earlier row left.
+void interleave(const BlockLayout&, int8_t*) {}
+void interleave(const BlockLayout& layout, int16_t* row) {
+  using Four = uint64_t __attribute__((may_alias, aligned(2)));
+  for (int64_t k = 0; k < layout.groups; ++k) {
+    int16_t* const group = row + k * layout.group_blocks * kBlockInputs;
+    const int64_t count = layout.group_columns(k), fours = (count + 3) / 4;
+    for (int64_t i = count; i < 4 * fours; ++i) group[i] = 0;
+    auto* const values = reinterpret_cast<Four*>(group);
+    for (int64_t i = 0; i < fours; ++i) {
+      const uint64_t v = values[i], middle = 0xffff0000, upper = middle << 16;
+      values[i] = (v & ~(middle | upper)) | ((v & middle) << 16) | ((v & upper) >> 16);
+    }
+  }
+}
+
+template <class T>
+void gather(const GatherRows& g, const T* image, T* rows) {
+  const BlockLayout& layout = g.layout;
+  const int64_t depth = layout.blocks * kBlockInputs;
+  int64_t y = g.first / g.out_width, x = g.first % g.out_width;
+  for (int64_t row = 0; row < g.rows; ++row, rows += depth) {
+    if (g.runs != nullptr) {
+      const T* const pixel =
+          image + (y * g.stride.h * g.padded_width + x * g.stride.w) * g.channels;
+      for (int64_t i = 0; i < g.run_count; ++i)
+        copy_run(pixel + g.runs[i].from, rows + g.runs[i].to, g.runs[i].count * sizeof(T));
+      interleave(layout, rows);
+    }
+    for (int64_t k = 0; k < layout.groups; ++k)
+      g.sums[row * layout.groups + k] = sum_of(rows + k * layout.group_blocks * kBlockInputs,
+                                               layout.blocks_of_group(k) * kBlockInputs);
+    if (++x == g.out_width) {
+      x = 0;
+      ++y;
+    }
+  }
+}
+
+void activate(Epilogue epilogue, float* __restrict__ y, int64_t count) {
+  if (epilogue == Epilogue::gelu) {
+    for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
+  } else if (epilogue == Epilogue::silu) {
+    for (int64_t i = 0; i < count; ++i) y[i] = silu(y[i]);
+  }
+}
+
+void store_transposed(const StoreRows& s) {
+  constexpr int64_t kStep = kLanes<float>;
+  const int64_t whole_rows = s.rows / kStep * kStep, whole = s.outputs / kStep * kStep;
+  for (int64_t n = 0; n < whole; n += kStep) {
+    for (int64_t row = 0; row < whole_rows; row += kStep)
+      transpose(s.values + row * s.value_step + n, s.value_step,
+                [&](int64_t i) { return s.out + (n + i) * s.output_step + row; });
+  }
+  for (int64_t n = 0; n < s.outputs; ++n) {
+    for (int64_t row = n < whole ? whole_rows : 0; row < s.rows; ++row)
+      s.out[n * s.output_step + row] = s.values[row * s.value_step + n];
+  }
+  if (s.epilogue == Epilogue::none) return;
+  for (int64_t n = 0; n < s.outputs; ++n) activate(s.epilogue, s.out + n * s.output_step, s.rows);
+}
+
+}  // namespace
+
+void largest_magnitude(const LargestMagnitude& m) { *m.bits = magnitude_bits(m.x, m.count); }
+
+void quantize_image(const QuantizeImage& q) {
+  if (q.x == nullptr) return quantize_from(q, q.codes);
+  if (q.grid.scale != 0.0f && !pixels_are_finite(q)) *q.finite = false;
+  quantize_from(q, q.x);
+}
+
+void gather_rows(const GatherRows& g) {
+  g.wide != nullptr ? gather(g, g.wide_image, g.wide) : gather(g, g.narrow_image, g.narrow);
+}
+
+void store_rows(const StoreRows& s) {
+  if (s.output_step != 1) return store_transposed(s);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    float* const to = s.out + row * s.row_step;
+    const float* const from = s.values + row * s.value_step;
+    for (int64_t n = 0; n < s.outputs; ++n) to[n] = from[n];
+    activate(s.epilogue, to, s.outputs);
+  }
+}
+
+}  // namespace torchquant::TORCHQUANT_TIER

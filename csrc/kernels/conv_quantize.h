@@ -1,0 +1,95 @@
+// What the tier files of convolutions share: integers from values or codes, and transposes of small
+// blocks.
+#pragma once
+#include <csrc/kernels/conv.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace torchquant {
+namespace {
+
+// NaN and Inf come out largest.
+inline int32_t magnitude_bits(const float* __restrict__ x, int64_t count) {
+  using Bits = int32_t __attribute__((may_alias));
+  const auto* __restrict__ bits = reinterpret_cast<const Bits*>(x);
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t magnitude = bits[i] & 0x7fffffff;
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  return largest;
+}
+
+template <class To>
+inline void integers_of(const SampleGrid& grid, const uint8_t* __restrict__ codes, int64_t count,
+                        To* __restrict__ a) {
+  for (int64_t i = 0; i < count; ++i) a[i] = static_cast<To>(codes[i] - grid.shift);
+}
+
+template <class To>
+inline void integers_of(const SampleGrid& grid, const float* __restrict__ x, int64_t count,
+                        To* __restrict__ a) {
+  if (grid.scale == 0.0f) {
+    for (int64_t i = 0; i < count; ++i)
+      a[i] = static_cast<To>(static_cast<int32_t>(round_to_integer(x[i] * grid.factor)));
+    return;
+  }
+  const float scale = grid.scale, zero_point = grid.zero_point, max_code = grid.max_code;
+  const int32_t shift = grid.shift;
+  for (int64_t i = 0; i < count; ++i)
+    a[i] =
+        static_cast<To>(static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift);
+}
+
+// `lanes` rows of `lanes` elements, 16 bytes each, from `from` (rows `step` apart) to targets(row).
+template <class T>
+constexpr int64_t kLanes = 16 / sizeof(T);
+
+#if defined(__SSE2__)
+template <class T>
+inline __attribute__((always_inline)) __m128i low_halves(__m128i a, __m128i b) {
+  return sizeof(T) == 1   ? _mm_unpacklo_epi8(a, b)
+         : sizeof(T) == 2 ? _mm_unpacklo_epi16(a, b)
+                          : _mm_unpacklo_epi32(a, b);
+}
+template <class T>
+inline __attribute__((always_inline)) __m128i high_halves(__m128i a, __m128i b) {
+  return sizeof(T) == 1   ? _mm_unpackhi_epi8(a, b)
+         : sizeof(T) == 2 ? _mm_unpackhi_epi16(a, b)
+                          : _mm_unpackhi_epi32(a, b);
+}
+
+// Interleaving row i with row i + n / 2, log2(n) times, transposes n rows of n.
+template <class T, class Target>
+inline __attribute__((always_inline)) void transpose(const T* from, int64_t step,
+                                                     const Target& target) {
+  constexpr int kRows = kLanes<T>;
+  __m128i rows[kRows], next[kRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+    rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * step));
+#pragma GCC unroll 4
+  for (int size = 1; size < kRows; size *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows / 2; ++i) {
+      next[2 * i] = low_halves<T>(rows[i], rows[i + kRows / 2]);
+      next[2 * i + 1] = high_halves<T>(rows[i], rows[i + kRows / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(target(i)), rows[i]);
+}
+#else
+template <class T, class Target>
+inline void transpose(const T* from, int64_t step, const Target& target) {
+  for (int64_t i = 0; i < kLanes<T>; ++i)
+    for (int64_t j = 0; j < kLanes<T>; ++j) target(i)[j] = from[j * step + i];
+}
+#endif
+
+}  // namespace
+}  // namespace torchquant
