@@ -26,23 +26,34 @@ float largest_magnitude(const float* __restrict__ x, int64_t count) {
 
 bool is_finite(float magnitude) { return magnitude <= 3.4028234663852886e38f; }
 
-// Integers of `count` inputs; their sum.
-template <class To>
-int32_t quantize_run(const QuantizeRows& q, const RowGrid& grid, const float* __restrict__ x,
-                     const uint8_t* __restrict__ codes, int64_t count, To* __restrict__ a) {
+// a[i] = integer_of(i); the sum of all.
+template <class To, class IntegerOf>
+inline __attribute__((always_inline)) int32_t fill(To* __restrict__ a, int64_t count,
+                                                   const IntegerOf& integer_of) {
   int32_t sum = 0;
-  if (codes != nullptr) {
-    for (int64_t i = 0; i < count; ++i) a[i] = static_cast<To>(codes[i] - q.shift);
-  } else if (q.scale == 0.0f) {
-    for (int64_t i = 0; i < count; ++i)
-      a[i] = static_cast<To>(static_cast<int32_t>(round_to_integer(x[i] * grid.factor)));
-  } else {
-    for (int64_t i = 0; i < count; ++i)
-      a[i] = static_cast<To>(
-          static_cast<int32_t>(to_code(x[i], q.scale, q.zero_point, q.max_code)) - q.shift);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t integer = integer_of(i);
+    a[i] = static_cast<To>(integer);
+    sum += integer;
   }
-  for (int64_t i = 0; i < count; ++i) sum += a[i];
   return sum;
+}
+
+// Integers of `count` inputs; their sum. Copies of what the loops read: bytes written to `a` could
+// change anything that is reached by a pointer, and the loops would not become vectors.
+template <class To>
+int32_t quantize_run(const QuantizeRows& q, float factor, const float* __restrict__ x,
+                     const uint8_t* __restrict__ codes, int64_t count, To* __restrict__ a) {
+  const int32_t shift = q.shift;
+  if (codes != nullptr) return fill(a, count, [=](int64_t i) { return codes[i] - shift; });
+  if (q.scale == 0.0f) {
+    return fill(a, count,
+                [=](int64_t i) { return static_cast<int32_t>(round_to_integer(x[i] * factor)); });
+  }
+  const float scale = q.scale, zero_point = q.zero_point, max_code = q.max_code;
+  return fill(a, count, [=](int64_t i) {
+    return static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift;
+  });
 }
 
 // Inputs 0 2 1 3 of every four, as 16-bit dot products of bytes' even and odd halves want them.
@@ -62,7 +73,7 @@ void quantize_row(const QuantizeRows& q, const RowGrid& grid, int64_t row, To* a
     const int64_t count = layout.group_columns(g);
     const float* const x = q.x == nullptr ? nullptr : q.x + first;
     const uint8_t* const codes = q.codes == nullptr ? nullptr : q.codes + first;
-    q.sums[row * layout.groups + g] = quantize_run(q, grid, x, codes, count, a);
+    q.sums[row * layout.groups + g] = quantize_run(q, grid.factor, x, codes, count, a);
     const int64_t padded = layout.blocks_of_group(g) * kBlockInputs;
     for (int64_t i = count; i < padded; ++i) a[i] = 0;
     if constexpr (sizeof(To) == 2) interleave(a, padded);
