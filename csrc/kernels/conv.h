@@ -110,14 +110,17 @@ struct StoreRows {
 // One input plane of one sample and the outputs that it gives.
 //
 // Note [row pairs]: vpmaddwd adds the products of two neighbouring 16-bit numbers. The neighbours
-// are pixels of two kernel rows: pairs[y][x] = a[y][x], a[y + dilation][x]. With a stride, x is cut
-// into its remainders, pairs[y][x % stride][x / stride], so that loads are contiguous.
+// are pixels of two kernel rows, a[y][x] and a[y + dilation][x]. Pairs lie by the remainders of y
+// and x by the strides, [stride h][stride w][y / stride h][x / stride w], so that whatever a tap
+// needs for all outputs is one contiguous run, with some results between the rows of outputs that
+// nobody reads.
 struct DepthwisePlane {
   const ConvShape* shape;
   const float* x;  // [H, W], or null: codes are given
   const uint8_t* codes;
   SampleGrid grid;
   int32_t fill;
+  bool padded;  // plane and padding_pairs hold this sample's padding already
   float a_scale;
   float a_zero;
   float fill_error;        // a_zero - fill
@@ -126,16 +129,21 @@ struct DepthwisePlane {
   const int16_t* ones;     // [pair_taps, 2]: 1 on every tap
   const int64_t* offsets;  // [pair_taps]: of a tap's pixels in pairs
   int64_t pair_taps;       // ceil(kernel h / 2) * kernel w
-  int64_t phase_width;     // pixels of one remainder
+  int64_t pitch;           // between rows of pairs
+  int64_t phase_size;      // of the pairs of one remainder
+  int64_t positions;       // results, those between the rows included
   const float* scale;      // [outputs]
   const float* offset;     // [outputs], or null
   const float* sum;        // [outputs]: of the row's values
   const float* bias;       // [outputs], or null
   Epilogue epilogue;
-  int16_t* plane;  // [padded h, padded w]
-  int32_t* pairs;  // [padded h, stride w, phase_width], and the same of the padding
+  int16_t* integers;  // [H, W]
+  int16_t* plane;     // [padded h + dilation h, pitch * stride w]
+  int32_t* pairs;     // [stride h, stride w, phase_size], and the same of the padding
   int32_t* padding_pairs;
-  int32_t* sums;  // [4, out w padded to 8]
+  int32_t* sums;  // [4, line]
+  int64_t line;   // positions, padded to vectors
+  float* values;  // [line]
   float* out;     // [outputs, out h, out w]
   bool* finite;
 };

@@ -85,25 +85,6 @@ bool pixels_are_finite(const QuantizeImage& q) {
   return largest <= kFiniteBits;
 }
 
-// Exactly `count` bytes, in pieces that overlap at the end.
-template <class Piece>
-inline __attribute__((always_inline)) void copy_pieces(const char* from, char* to, int64_t count) {
-  constexpr int64_t kSize = sizeof(Piece);
-  for (int64_t i = 0; i + kSize < count; i += kSize) __builtin_memcpy(to + i, from + i, kSize);
-  __builtin_memcpy(to + count - kSize, from + count - kSize, kSize);
-}
-
-inline __attribute__((always_inline)) void copy_run(const void* from, void* to, int64_t count) {
-  struct Sixteen {
-    char bytes[16];
-  };
-  const auto* const source = static_cast<const char*>(from);
-  auto* const target = static_cast<char*>(to);
-  if (count >= 16) return copy_pieces<Sixteen>(source, target, count);
-  if (count >= 4) return copy_pieces<int32_t>(source, target, count);
-  for (int64_t i = 0; i < count; ++i) target[i] = source[i];
-}
-
 // Sum of whole blocks of 32.
 int32_t sum_of(const int8_t* __restrict__ a, int64_t count) {
 #if defined(__AVX2__)

@@ -13,54 +13,65 @@ constexpr int64_t kVector = 8;  // outputs of a vector
 // Lines of sums: D, S, and the same of the padding.
 enum Line { kProducts, kInputs, kPaddingWeights, kPaddingTaps };
 
-void fill_plane(const DepthwisePlane& d, int16_t inside, int16_t padding, bool from_input) {
+void fill_plane(const DepthwisePlane& d, int32_t value) {
   const ConvShape& s = *d.shape;
-  for (int64_t i = 0; i < s.padded.area(); ++i) d.plane[i] = padding;
-  for (int64_t y = 0; y < s.size.h; ++y) {
-    int16_t* const row = d.plane + (y + s.before.h) * s.padded.w + s.before.w;
-    if (!from_input) {
-      for (int64_t x = 0; x < s.size.w; ++x) row[x] = inside;
-    } else if (d.x == nullptr) {
-      integers_of(d.grid, d.codes + y * s.size.w, s.size.w, row);
-    } else {
-      integers_of(d.grid, d.x + y * s.size.w, s.size.w, row);
-    }
+  const int64_t count = (s.padded.h + s.dilation.h) * d.pitch * s.stride.w;
+  for (int64_t i = 0; i < count; ++i) d.plane[i] = static_cast<int16_t>(value);
+}
+
+void copy_inside(const DepthwisePlane& d) {
+  const ConvShape& s = *d.shape;
+  const int64_t width = d.pitch * s.stride.w,
+                bytes = s.size.w * static_cast<int64_t>(sizeof(int16_t));
+  for (int64_t y = 0; y < s.size.h; ++y)
+    copy_run(d.integers + y * s.size.w, d.plane + (y + s.before.h) * width + s.before.w, bytes);
+}
+
+// `count` pairs from every `step`-th pixel on.
+void pair_run(const int16_t* __restrict__ first, const int16_t* __restrict__ second, int64_t step,
+              int64_t count, uint32_t* __restrict__ to) {
+  const auto pair = [](int16_t a, int16_t b) __attribute__((always_inline)) {
+    return static_cast<uint16_t>(a) | static_cast<uint32_t>(b) << 16;
+  };
+  if (step == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = pair(first[i], second[i]);
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; ++i) to[i] = pair(first[2 * i], second[2 * i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = pair(first[i * step], second[i * step]);
   }
 }
 
-// See Note [row pairs]. Rows that no output starts from are left out where they are easily known.
+// See Note [row pairs]. Remainders of y that no tap starts from are left out where that is plain.
 void pair_rows(const DepthwisePlane& d, int32_t* pairs) {
   const ConvShape& s = *d.shape;
+  const int64_t width = d.pitch * s.stride.w;
   const bool multiples = 2 * s.dilation.h % s.stride.h == 0;
-  for (int64_t y = 0; y < s.padded.h; y += multiples ? s.stride.h : 1) {
-    const int16_t* const first = d.plane + y * s.padded.w;
-    const bool has_second = y + s.dilation.h < s.padded.h;
-    const int16_t* const second = has_second ? first + s.dilation.h * s.padded.w : first;
-    const uint32_t keep = has_second ? 0xffff0000u : 0u;
+  const int64_t rows_at_once = s.stride.h == 1 ? s.padded.h : 1;
+  for (int64_t y = 0; y < s.padded.h;
+       y += multiples && s.stride.h > 1 ? s.stride.h : rows_at_once) {
     for (int64_t phase = 0; phase < s.stride.w; ++phase) {
-      auto* __restrict__ to =
-          reinterpret_cast<uint32_t*>(pairs) + (y * s.stride.w + phase) * d.phase_width;
-      const int64_t count = (s.padded.w - phase + s.stride.w - 1) / s.stride.w;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t x = i * s.stride.w + phase;
-        to[i] = static_cast<uint16_t>(first[x]) | ((static_cast<uint32_t>(second[x]) << 16) & keep);
-      }
+      const int16_t* const first = d.plane + y * width + phase;
+      int32_t* const to =
+          pairs + (y % s.stride.h * s.stride.w + phase) * d.phase_size + y / s.stride.h * d.pitch;
+      pair_run(first, first + s.dilation.h * width, s.stride.w, rows_at_once * d.pitch,
+               reinterpret_cast<uint32_t*>(to));
     }
   }
 }
 
 #if defined(__AVX2__)
-// V vectors of outputs, from `pixels` on.
+// V vectors of results, from `pairs` on.
 template <int V>
 inline __attribute__((always_inline)) void sum_vectors(const DepthwisePlane& d,
-                                                       const int32_t* pixels, const int32_t* weight,
+                                                       const int32_t* pairs, const int32_t* weight,
                                                        int32_t* sums) {
   __m256i total[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) total[v] = _mm256_setzero_si256();
   for (int64_t t = 0; t < d.pair_taps; ++t) {
     const __m256i w = _mm256_set1_epi32(weight[t]);
-    const int32_t* const at = pixels + d.offsets[t];
+    const int32_t* const at = pairs + d.offsets[t];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + v * kVector));
@@ -72,85 +83,102 @@ inline __attribute__((always_inline)) void sum_vectors(const DepthwisePlane& d,
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + v * kVector), total[v]);
 }
 
-void sum_row(const DepthwisePlane& d, const int32_t* pixels, const int16_t* weight, int32_t* sums) {
+void sum_taps(const DepthwisePlane& d, const int32_t* pairs, const int16_t* weight, int32_t* sums) {
   using AnyInt32 = int32_t __attribute__((may_alias));
-  const auto* const pairs = reinterpret_cast<const AnyInt32*>(weight);
-  int64_t x = 0;
-  for (; x + 3 * kVector < d.shape->out.w; x += 4 * kVector)
-    sum_vectors<4>(d, pixels + x, pairs, sums + x);
-  for (; x + kVector < d.shape->out.w; x += 2 * kVector)
-    sum_vectors<2>(d, pixels + x, pairs, sums + x);
-  for (; x < d.shape->out.w; x += kVector) sum_vectors<1>(d, pixels + x, pairs, sums + x);
+  const auto* const both = reinterpret_cast<const AnyInt32*>(weight);
+  int64_t i = 0;
+  for (; i + 3 * kVector < d.positions; i += 4 * kVector)
+    sum_vectors<4>(d, pairs + i, both, sums + i);
+  for (; i < d.positions; i += kVector) sum_vectors<1>(d, pairs + i, both, sums + i);
 }
 #else
-void sum_row(const DepthwisePlane& d, const int32_t* pixels, const int16_t* weight, int32_t* sums) {
-  for (int64_t x = 0; x < d.shape->out.w; ++x) sums[x] = 0;
+void sum_taps(const DepthwisePlane& d, const int32_t* pairs, const int16_t* weight,
+              int32_t* __restrict__ sums) {
+  for (int64_t i = 0; i < d.positions; ++i) sums[i] = 0;
   for (int64_t t = 0; t < d.pair_taps; ++t) {
     const int32_t first = weight[2 * t], second = weight[2 * t + 1];
-    const int32_t* const at = pixels + d.offsets[t];
-    for (int64_t x = 0; x < d.shape->out.w; ++x) {
-      const auto low = static_cast<int16_t>(at[x] & 0xffff);
-      sums[x] += first * low + second * (at[x] >> 16);
+    const int32_t* const at = pairs + d.offsets[t];
+    for (int64_t i = 0; i < d.positions; ++i) {
+      const auto low = static_cast<int16_t>(at[i] & 0xffff);
+      sums[i] += first * low + second * (at[i] >> 16);
     }
   }
 }
 #endif
 
 // y = a_scale * (scale * (D + offset * S) - a_zero * sum) + bias + what the padding gives back.
-void finish_plane_row(const DepthwisePlane& d, int64_t n, const int32_t* sums, int64_t line,
-                      float* __restrict__ y) {
-  const int64_t count = d.shape->out.w;
-  const float offset = d.offset == nullptr ? 0.0f : d.offset[n], scale = d.scale[n];
-  const float zero = d.a_zero * d.sum[n], bias = d.bias == nullptr ? 0.0f : d.bias[n];
-  const int32_t* const products = sums + kProducts * line;
-  const int32_t* const inputs = sums + kInputs * line;
-  for (int64_t x = 0; x < count; ++x) y[x] = static_cast<float>(products[x]);
-  if (offset != 0.0f) {
-    for (int64_t x = 0; x < count; ++x) y[x] += offset * static_cast<float>(inputs[x]);
+void finish_plane(const DepthwisePlane& d, int64_t n, float offset) {
+  const int64_t count = d.positions;
+  const float scale = d.scale[n], a_scale = d.a_scale, zero = d.a_zero * d.sum[n];
+  const float bias = d.bias == nullptr ? 0.0f : d.bias[n];
+  const int32_t* __restrict__ products = d.sums + kProducts * d.line;
+  const int32_t* __restrict__ inputs = d.sums + kInputs * d.line;
+  float* __restrict__ y = d.values;
+  if (offset == 0.0f) {
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = (static_cast<float>(products[i]) * scale - zero) * a_scale + bias;
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const float sum = static_cast<float>(products[i]) + offset * static_cast<float>(inputs[i]);
+      y[i] = (sum * scale - zero) * a_scale + bias;
+    }
   }
-  for (int64_t x = 0; x < count; ++x) y[x] = (y[x] * scale - zero) * d.a_scale + bias;
   if (d.fill_error != 0.0f) {
-    const int32_t* const weights = sums + kPaddingWeights * line;
-    const int32_t* const taps = sums + kPaddingTaps * line;
-    const float factor = d.a_scale * d.fill_error * scale;
-    for (int64_t x = 0; x < count; ++x)
-      y[x] += factor * (static_cast<float>(weights[x]) + offset * static_cast<float>(taps[x]));
+    const int32_t* __restrict__ weights = d.sums + kPaddingWeights * d.line;
+    const int32_t* __restrict__ taps = d.sums + kPaddingTaps * d.line;
+    const float factor = a_scale * d.fill_error * scale;
+    for (int64_t i = 0; i < count; ++i)
+      y[i] += factor * (static_cast<float>(weights[i]) + offset * static_cast<float>(taps[i]));
   }
   if (d.epilogue == Epilogue::gelu) {
-    for (int64_t x = 0; x < count; ++x) y[x] = gelu(y[x]);
+    for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
   } else if (d.epilogue == Epilogue::silu) {
-    for (int64_t x = 0; x < count; ++x) y[x] = silu(y[x]);
+    for (int64_t i = 0; i < count; ++i) y[i] = silu(y[i]);
   }
 }
 
-void run_plane(const DepthwisePlane& d, int64_t n) {
+void run_output(const DepthwisePlane& d, int64_t n) {
   const ConvShape& s = *d.shape;
   const int16_t* const weight = d.weight + n * d.pair_taps * 2;
-  const int64_t line = (s.out.w + kVector - 1) / kVector * kVector;
-  const bool offset = d.offset != nullptr && d.offset[n] != 0.0f;
-  for (int64_t y = 0; y < s.out.h; ++y) {
-    const int64_t at = y * s.stride.h * s.stride.w * d.phase_width;
-    sum_row(d, d.pairs + at, weight, d.sums + kProducts * line);
-    if (offset) sum_row(d, d.pairs + at, d.ones, d.sums + kInputs * line);
-    if (d.fill_error != 0.0f) {
-      sum_row(d, d.padding_pairs + at, weight, d.sums + kPaddingWeights * line);
-      sum_row(d, d.padding_pairs + at, d.ones, d.sums + kPaddingTaps * line);
-    }
-    finish_plane_row(d, n, d.sums, line, d.out + (n * s.out.h + y) * s.out.w);
+  const float offset = d.offset == nullptr ? 0.0f : d.offset[n];
+  sum_taps(d, d.pairs, weight, d.sums + kProducts * d.line);
+  if (offset != 0.0f) sum_taps(d, d.pairs, d.ones, d.sums + kInputs * d.line);
+  if (d.fill_error != 0.0f) {
+    sum_taps(d, d.padding_pairs, weight, d.sums + kPaddingWeights * d.line);
+    sum_taps(d, d.padding_pairs, d.ones, d.sums + kPaddingTaps * d.line);
   }
+  finish_plane(d, n, offset);
+  float* const out = d.out + n * s.out.area();
+  for (int64_t y = 0; y < s.out.h; ++y)
+    copy_run(d.values + y * d.pitch, out + y * s.out.w,
+             s.out.w * static_cast<int64_t>(sizeof(float)));
+}
+
+// Ones on padding, zeros inside.
+void pair_padding(const DepthwisePlane& d) {
+  fill_plane(d, 1);
+  for (int64_t i = 0; i < d.shape->size.area(); ++i) d.integers[i] = 0;
+  copy_inside(d);
+  pair_rows(d, d.padding_pairs);
 }
 
 }  // namespace
 
 void depthwise_plane(const DepthwisePlane& d) {
-  if (d.x != nullptr && magnitude_bits(d.x, d.shape->size.area()) > kFiniteBits) *d.finite = false;
-  if (d.fill_error != 0.0f) {
-    fill_plane(d, 0, 1, false);
-    pair_rows(d, d.padding_pairs);
+  const int64_t pixels = d.shape->size.area();
+  if (!d.padded) {
+    if (d.fill_error != 0.0f) pair_padding(d);
+    fill_plane(d, d.fill);
   }
-  fill_plane(d, 0, static_cast<int16_t>(d.fill), true);
+  if (d.x == nullptr) {
+    integers_of(d.grid, d.codes, pixels, d.integers);
+  } else {
+    if (magnitude_bits(d.x, pixels) > kFiniteBits) *d.finite = false;
+    integers_of(d.grid, d.x, pixels, d.integers);
+  }
+  copy_inside(d);
   pair_rows(d, d.pairs);
-  for (int64_t n = 0; n < d.outputs; ++n) run_plane(d, n);
+  for (int64_t n = 0; n < d.outputs; ++n) run_output(d, n);
 }
 
 }  // namespace torchquant::TORCHQUANT_TIER

@@ -1,5 +1,5 @@
-// What the tier files of convolutions share: integers from values or codes, and transposes of small
-// blocks.
+// What the tier files of convolutions share: integers from values or codes, copies of runs, and
+// transposes of small blocks.
 #pragma once
 #include <csrc/kernels/conv.h>
 
@@ -41,6 +41,25 @@ inline void integers_of(const SampleGrid& grid, const float* __restrict__ x, int
   for (int64_t i = 0; i < count; ++i)
     a[i] =
         static_cast<To>(static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift);
+}
+
+// Exactly `count` bytes, in pieces that overlap at the end.
+template <class Piece>
+inline __attribute__((always_inline)) void copy_pieces(const char* from, char* to, int64_t count) {
+  constexpr int64_t kSize = sizeof(Piece);
+  for (int64_t i = 0; i + kSize < count; i += kSize) __builtin_memcpy(to + i, from + i, kSize);
+  __builtin_memcpy(to + count - kSize, from + count - kSize, kSize);
+}
+
+inline __attribute__((always_inline)) void copy_run(const void* from, void* to, int64_t count) {
+  struct Sixteen {
+    char bytes[16];
+  };
+  const auto* const source = static_cast<const char*>(from);
+  auto* const target = static_cast<char*>(to);
+  if (count >= 16) return copy_pieces<Sixteen>(source, target, count);
+  if (count >= 4) return copy_pieces<int32_t>(source, target, count);
+  for (int64_t i = 0; i < count; ++i) target[i] = source[i];
 }
 
 // `lanes` rows of `lanes` elements, 16 bytes each, from `from` (rows `step` apart) to targets(row).
