@@ -2,6 +2,9 @@
 #include <csrc/kernels/linear.h>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
@@ -21,6 +24,8 @@ namespace {
 constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
 constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
+constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
+constexpr int64_t kFewRows = 16;  // on CUDA: more are worth a weight in floats (tensor cores)
 
 Epilogue parse_epilogue(std::string_view name) {
   if (name == "none") return Epilogue::none;
@@ -45,6 +50,12 @@ struct InputGrid {
 
   bool dynamic() const { return !scale.has_value(); }
 };
+
+void check_float(const at::Tensor& x, const char* name, const at::Tensor& tensor,
+                 at::IntArrayRef shape) {
+  check_same_device(kOp, name, tensor, x);
+  check_shape(kOp, name, tensor, shape);
+}
 
 void check_input(const at::Tensor& x, int64_t columns, const InputGrid& grid) {
   const auto type = x.scalar_type();
@@ -75,7 +86,12 @@ void check_input(const at::Tensor& x, int64_t columns, const InputGrid& grid) {
   }
 }
 
-void quantize_chunks(QuantizeRows all, const at::Tensor& x) {
+// On the CPU in chunks, where NaN and Inf are errors.
+void quantize_all(QuantizeRows all, const at::Tensor& x) {
+  if (x.is_cuda()) {
+    TORCHQUANT_LAUNCH(quantize_rows, all);
+    return;
+  }
   const int64_t columns = all.layout.columns, depth = all.layout.blocks * kBlockInputs;
   const int64_t step = std::max<int64_t>(kQuantizeElements / std::max<int64_t>(columns, 1), 1);
   std::atomic<bool> finite{true};
@@ -121,23 +137,45 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   } else {
     q.shift = 1 << (grid.bits - 1);
     q.max_code = max_code_of(grid.bits);
-    a.scale = grid.scale->reshape({-1}).expand({rows}).contiguous();
-    a.zero = grid.zero_point->reshape({-1}).expand({rows}).sub(q.shift);
-    if (!codes) {
+    const auto spread = [&](const at::Tensor& t) { return t.reshape({-1}).expand({rows}); };
+    a.zero = spread(*grid.zero_point).sub(q.shift);
+    if (x.is_cuda() && !codes) {  // the kernel reads the grid and leaves the scale of each row
+      a.scale = at::empty({rows}, floats);
+      q.a_scale = a.scale.mutable_data_ptr<float>();
+      q.scale_at = grid.scale->const_data_ptr<float>();
+      q.zero_point_at = grid.zero_point->const_data_ptr<float>();
+    } else {
+      a.scale = spread(*grid.scale).contiguous();
+    }
+    if (x.is_cpu() && !codes) {
       q.scale = grid.scale->item<float>();
       q.zero_point = grid.zero_point->item<float>();
       TORCH_CHECK_VALUE(q.scale > 0 && q.scale <= std::numeric_limits<float>::max(), kOp,
                         ": input_scale must be positive, got ", q.scale);
     }
   }
-  quantize_chunks(q, x);
+  quantize_all(q, x);
   return a;
+}
+
+PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
+  const BlockLayout& layout = all.weight.layout;
+  const int64_t depth = layout.blocks * kBlockInputs;
+  PackedProduct part = all;
+  part.rows = count;
+  if (part.narrow != nullptr) part.narrow += first * depth;
+  if (part.wide != nullptr) part.wide += first * depth;
+  part.sums += first * layout.groups;
+  part.a_scale += first;
+  if (part.a_zero != nullptr) part.a_zero += first;
+  if (part.residual != nullptr) part.residual += first * all.weight.outputs;
+  part.out += first * all.weight.outputs;
+  return part;
 }
 
 // Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
 void multiply(const PackedProduct& all) {
-  const BlockLayout& layout = all.weight.layout;
-  const int64_t depth = layout.blocks * kBlockInputs;
+  const int64_t depth = all.weight.layout.blocks * kBlockInputs;
   constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs, kRows = 192;
   const int64_t panels = (all.last_tile + kPanelTiles - 1) / kPanelTiles;
   const int64_t chunks = (all.rows + kRows - 1) / kRows;
@@ -147,21 +185,40 @@ void multiply(const PackedProduct& all) {
     while (begin < end) {
       const int64_t chunk = begin / panels, panel = begin % panels;
       const int64_t last = std::min(panels, panel + end - begin), row = chunk * kRows;
-      PackedProduct part = all;
+      PackedProduct part = rows_of(all, row, std::min(kRows, all.rows - row));
       part.first_tile = panel * kPanelTiles;
       part.last_tile = std::min(last * kPanelTiles, all.last_tile);
-      part.rows = std::min(kRows, all.rows - row);
-      if (part.narrow != nullptr) part.narrow += row * depth;
-      if (part.wide != nullptr) part.wide += row * depth;
-      part.sums += row * layout.groups;
-      part.a_scale += row;
-      if (part.a_zero != nullptr) part.a_zero += row;
-      if (part.residual != nullptr) part.residual += row * all.weight.outputs;
-      part.out += row * all.weight.outputs;
       packed_product(part);
       begin += last - panel;
     }
   });
+}
+
+// As many rows at once as the sums of their groups have room.
+void multiply_on_cuda(const PackedProduct& all, const at::Tensor& out) {
+  const int64_t numbers = all.weight.layout.groups * all.last_tile * kTileOutputs;  // of a row
+  const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
+  for (int64_t row = 0; row < all.rows; row += step) {
+    PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
+    part.segments = product_segments(part);
+    const at::Tensor dots =
+        at::empty({part.segments * part.rows * numbers}, out.options().dtype(at::kInt));
+    part.dots = dots.mutable_data_ptr<int32_t>();
+    TORCHQUANT_LAUNCH(packed_product, part);
+  }
+}
+
+// The weight's values, [N, K] in one of the float dtypes.
+at::Tensor unpacked(const PackedWeight& weight, const at::TensorOptions& options) {
+  const auto type = options.dtype().toScalarType();
+  const at::Tensor values = at::empty({weight.outputs, weight.layout.columns}, options);
+  const UnpackWeight work{weight, 0, (weight.outputs + kTileOutputs - 1) / kTileOutputs,
+                          type == at::kFloat  ? FloatType::float32
+                          : type == at::kHalf ? FloatType::float16
+                                              : FloatType::bfloat16,
+                          values.mutable_data_ptr()};
+  if (values.numel() > 0) TORCHQUANT_RUN(unpack_weight, values, work);
+  return values;
 }
 
 at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
@@ -169,6 +226,19 @@ at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) count *= tensor.size(d);
   const at::Tensor rows = tensor.reshape({count, columns});
   return keep_type ? rows.contiguous() : rows.to(at::kFloat).contiguous();
+}
+
+// float x times the weight in its dtype, for CUDA.
+at::Tensor linear_in_floats(const at::Tensor& x, const PackedWeight& weight,
+                            const std::optional<at::Tensor>& bias, Epilogue epilogue,
+                            const std::optional<at::Tensor>& residual) {
+  std::optional<at::Tensor> own_bias;
+  if (bias.has_value()) own_bias = bias->to(x.scalar_type());
+  at::Tensor y = at::linear(x, unpacked(weight, x.options().requires_grad(false)), own_bias);
+  if (epilogue == Epilogue::gelu) y = at::gelu(y.to(at::kFloat));
+  if (epilogue == Epilogue::silu) y = at::silu(y.to(at::kFloat));
+  if (residual.has_value()) y = y.to(at::kFloat).add(residual->to(at::kFloat));
+  return y.to(x.scalar_type());
 }
 
 at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
@@ -179,21 +249,30 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
                             std::string_view activation,
                             const std::optional<at::Tensor>& residual) {
+  check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits};
   check_input(x, in_features, input);
+  check_same_device(kOp, "packed", packed, x);
   const Prepacked weight(kOp, {packed, grid, levels, bits, in_features, out_features, group_size});
+  const c10::DeviceGuard guard(x.device());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out_features;
+  if (bias.has_value()) check_float(x, "bias", *bias, {out_features});
+  if (residual.has_value()) check_float(x, "residual", *residual, shape);
+  const Epilogue epilogue = parse_epilogue(activation);
   const bool codes = x.scalar_type() == at::kByte;
   const at::Tensor rows = as_rows(x, in_features, codes);
+  const int64_t count = rows.size(0);
+  if (x.is_cuda() && input.dynamic() && input_bits == 16 && count > kFewRows)
+    return linear_in_floats(x, weight.view(), bias, epilogue, residual);
   const at::Tensor out =
-      at::empty({rows.size(0), out_features}, x.options().dtype(at::kFloat).requires_grad(false));
+      at::empty({count, out_features}, x.options().dtype(at::kFloat).requires_grad(false));
   const Activations a = quantize_activations(rows, input, weight.view().layout,
                                              input_bits == 16 || weight.needs_wide());
   PackedProduct product{};
   product.weight = weight.view();
   product.last_tile = (out_features + kTileOutputs - 1) / kTileOutputs;
-  product.rows = rows.size(0);
+  product.rows = count;
   if (a.integers.scalar_type() == at::kShort)
     product.wide = a.integers.const_data_ptr<int16_t>();
   else
@@ -203,19 +282,17 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   product.a_zero = a.zero.defined() ? a.zero.const_data_ptr<float>() : nullptr;
   at::Tensor own_bias, own_residual;
   if (bias.has_value()) {
-    check_shape(kOp, "bias", *bias, {out_features});
     own_bias = bias->to(at::kFloat).contiguous();
     product.bias = own_bias.const_data_ptr<float>();
   }
   if (residual.has_value()) {
-    check_shape(kOp, "residual", *residual, shape);
     own_residual = as_rows(*residual, out_features, false);
     product.residual = own_residual.const_data_ptr<float>();
   }
-  product.epilogue = parse_epilogue(activation);
+  product.epilogue = epilogue;
   product.vnni = cpu_has_vnni();
   product.out = out.mutable_data_ptr<float>();
-  if (out.numel() > 0) multiply(product);
+  if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, out) : multiply(product);
   return codes ? out.view(shape) : out.view(shape).to(x.scalar_type());
 }
 
@@ -230,5 +307,8 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_linear", quantized_linear); }
+#ifdef TORCHQUANT_CUDA
+TORCH_LIBRARY_IMPL(torchquant, CUDA, m) { m.impl("quantized_linear", quantized_linear); }
+#endif
 
 }  // namespace torchquant

@@ -94,6 +94,10 @@ struct PackedProduct {
   Epilogue epilogue;
   bool vnni;   // the CPU has vpdpbusd and vpdpwssd for the tier
   float* out;  // [rows, outputs]
+
+  // For CUDA: the sums over u * a of each of the `segments` parts that a group is cut into.
+  int64_t segments;
+  int32_t* dots;  // [segments, groups, rows, tiles * 16]
 };
 
 // Activations to integers: a = clamp(round(x / scale + zero_point)) - shift, with the scale of the
@@ -113,9 +117,39 @@ struct QuantizeRows {
   int32_t* sums;
   float* a_scale;  // written where the scale comes from the row
   bool* finite;    // set to false where x is not
+
+  // For CUDA, where the host waits for nothing: scale and zero point lie on the device, and a row
+  // that is not finite gets the a_scale NaN.
+  const float* scale_at;  // null: as above
+  const float* zero_point_at;
+};
+
+enum class FloatType : int32_t { float32, float16, bfloat16 };
+
+// The values of tiles [first_tile, last_tile), (u - origin + offset) * scale in float32 and then
+// rounded to `type`.
+struct UnpackWeight {
+  PackedWeight weight;
+  int64_t first_tile;
+  int64_t last_tile;
+  FloatType type;
+  void* out;  // [outputs, columns]
 };
 
 TORCHQUANT_TIER_LEAF(packed_product, PackedProduct)
 TORCHQUANT_TIER_LEAF(quantize_rows, QuantizeRows)
+TORCHQUANT_TIER_LEAF(unpack_weight, UnpackWeight)
+
+// On CUDA a warp multiplies one tile and a few rows over a part of one group. Groups are cut into
+// segments until there are warps enough for a GPU, but no shorter than eight blocks.
+constexpr int64_t kWarpRows = 4;
+inline int64_t product_segments(const PackedProduct& p) {
+  constexpr int64_t kWarps = 4096, kShortest = 8;
+  const int64_t chunks = p.rows == 1 ? 1 : (p.rows + kWarpRows - 1) / kWarpRows;
+  const int64_t whole = (p.last_tile - p.first_tile) * chunks * p.weight.layout.groups;
+  const int64_t wanted = (kWarps + whole - 1) / (whole < 1 ? 1 : whole);
+  const int64_t most = (p.weight.layout.group_blocks + kShortest - 1) / kShortest;
+  return wanted < most ? wanted : most < 1 ? 1 : most;
+}
 
 }  // namespace torchquant

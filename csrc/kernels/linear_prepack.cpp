@@ -13,6 +13,12 @@ namespace {
 
 constexpr const char* kOp = "linear_prepack";
 
+// CUDA kernels load 16 bytes of packed weights and levels at once.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor whole = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : whole.clone();
+}
+
 int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 // Byte i of V[step] goes into the block's lines.
@@ -96,7 +102,6 @@ struct GridRows {
 void check_codes(const at::Tensor& codes, const at::Tensor& scale,
                  const std::optional<at::Tensor>& zero_point, int64_t bits, int64_t group_size) {
   check_device(kOp, codes);
-  TORCH_CHECK_NOT_IMPLEMENTED(codes.is_cpu(), kOp, ": needs a CPU tensor, got ", codes.device());
   check_bits(kOp, bits);
   check_group_size(kOp, group_size);
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, kOp, ": codes must be uint8, got ",
@@ -136,9 +141,11 @@ at::Tensor padded_levels(const at::Tensor& levels, int64_t outputs, int64_t bits
   return table;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_prepack(
-    const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& zero_point,
-    int64_t bits, int64_t group_size, const std::optional<at::Tensor>& levels) {
+using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Packed linear_prepack(const at::Tensor& codes, const at::Tensor& scale,
+                      const std::optional<at::Tensor>& zero_point, int64_t bits, int64_t group_size,
+                      const std::optional<at::Tensor>& levels) {
   check_codes(codes, scale, zero_point, bits, group_size);
   const int64_t outputs = codes.size(0), columns = codes.size(1);
   TORCH_CHECK_VALUE(!levels.has_value() || !zero_point.has_value(), kOp,
@@ -166,6 +173,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_prepack(
   });
   return {pack_tiles(own_codes, layout), grid, table};
 }
+
+#ifdef TORCHQUANT_CUDA
+// Packing is done once, and quickly enough on the CPU.
+Packed prepack_on_cpu(const at::Tensor& codes, const at::Tensor& scale,
+                      const std::optional<at::Tensor>& zero_point, int64_t bits, int64_t group_size,
+                      const std::optional<at::Tensor>& levels) {
+  const auto on_cpu = [&](const char* name, const std::optional<at::Tensor>& tensor) {
+    if (!tensor.has_value()) return tensor;
+    check_same_device(kOp, name, *tensor, codes);
+    return std::optional<at::Tensor>(tensor->cpu());
+  };
+  const auto [packed, grid, table] =
+      linear_prepack(codes.cpu(), *on_cpu("scale", scale), on_cpu("zero_point", zero_point), bits,
+                     group_size, on_cpu("levels", levels));
+  return {packed.to(codes.device()), grid.to(codes.device()), table.to(codes.device())};
+}
+#endif
 
 }  // namespace
 
@@ -195,9 +219,11 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
                      levels->scalar_type());
     if (levels->dim() != 1) check_shape(op, "levels", *levels, {padded(outputs, kTileOutputs), 16});
     if (levels->dim() == 1) check_shape(op, "levels", *levels, {16});
-    levels = levels->contiguous();
+    check_same_device(op, "levels", *levels, packed);
+    levels = aligned(*levels);
   }
-  packed = packed.contiguous();
+  check_same_device(op, "grid", grid, packed);
+  packed = aligned(packed);
   grid = grid.contiguous();
   const float* const scale = grid.const_data_ptr<float>();
   const int64_t size = layout.groups * stride;
@@ -215,6 +241,7 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
 }
 
 bool Prepacked::needs_wide() const {
+  if (tensors_.packed.is_cuda()) return false;
   const bool dot_products = cpu_tier() == CpuTier::avx512 && cpu_has_vnni();
   const bool fits = view_.levels == nullptr && view_.layout.bits < 8;
   return cpu_tier() != CpuTier::scalar && !dot_products && !fits;
@@ -227,5 +254,8 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("linear_prepack", linear_prepack); }
+#ifdef TORCHQUANT_CUDA
+TORCH_LIBRARY_IMPL(torchquant, CUDA, m) { m.impl("linear_prepack", prepack_on_cpu); }
+#endif
 
 }  // namespace torchquant

@@ -2,19 +2,22 @@
 // from sums to outputs.
 #pragma once
 #include <csrc/kernels/linear.h>
+#include <csrc/kernels/linear_float.h>
 
 namespace torchquant {
 namespace {
 
 // The u of a weight (see linear.h) from its code, for tile-relative output o.
-inline uint8_t entry_of(const PackedWeight& weight, int64_t tile, int64_t o, uint8_t code) {
+TORCHQUANT_HOST_DEVICE uint8_t entry_of(const PackedWeight& weight, int64_t tile, int64_t o,
+                                        uint8_t code) {
   if (weight.levels == nullptr) return code;
   const int64_t row = (tile * kTileOutputs + o) * weight.level_stride;
   return static_cast<uint8_t>(weight.levels[row + code] + 128);
 }
 
 // Code of byte i of V[step] in a block (Note [weight tiles]).
-inline uint8_t code_in_block(const uint8_t* lines, int64_t bits, int64_t step, int64_t i) {
+TORCHQUANT_HOST_DEVICE uint8_t code_in_block(const uint8_t* lines, int64_t bits, int64_t step,
+                                             int64_t i) {
   switch (bits) {
     case 8:
       return lines[step * kLine + i];
@@ -44,43 +47,6 @@ inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t ou
   }
   for (int64_t o = 0; o < kTileOutputs; ++o) added[o] *= scale[o];
   for (int64_t o = 0; o < kTileOutputs; ++o) values[o] = g == 0 ? added[o] : values[o] + added[o];
-}
-
-// e^x for x in [-87, 0], by 2^n e^r with |r| <= ln(2) / 2 and e^r's series to the seventh power
-// (relative error 1e-7).
-inline __attribute__((always_inline)) float exp_of_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = round_to_integer(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float e = 1.0f / 5040;
-  e = e * r + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  union {
-    int32_t bits;
-    float value;
-  } power = {(static_cast<int32_t>(n) + 127) << 23};
-  return e * power.value;
-}
-
-// x (1 + erf(x / sqrt 2)) / 2, by Abramowitz and Stegun 7.1.26 (absolute error of erf 1.5e-7).
-inline __attribute__((always_inline)) float gelu(float x) {
-  const float z = absolute(x) * 0.70710678f;
-  const float t = 1.0f / (1.0f + 0.3275911f * z);
-  const float p =
-      t * (0.254829592f +
-           t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float tail = 0.5f * p * exp_of_negative(-z * z);  // of the normal distribution, beyond |x|
-  return x * (x < 0.0f ? tail : 1.0f - tail);
-}
-
-inline __attribute__((always_inline)) float silu(float x) {
-  const float e = exp_of_negative(-absolute(x));
-  return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 // One row's sums over groups to outputs [output, output + count).

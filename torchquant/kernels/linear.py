@@ -13,7 +13,8 @@ def linear_prepack(
     group_size: int = 0,
     levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight in the order in which `quantized_linear` reads it; the same for every CPU tier.
+    """A weight in the order in which `quantized_linear` reads it; the same for every CPU tier and for CUDA, where the
+    packing itself is done on the CPU.
 
     ``W = (codes - zero_point) * scale``, or with a table ``W = levels[codes] * scale``.
 
@@ -34,7 +35,7 @@ def linear_prepack(
 
     Raises:
         ValueError: wrong shapes or bits, codes beyond ``2**bits``, a zero point beside levels, or a NaN or Inf.
-        TypeError: wrong dtype. NotImplementedError: not on a CPU.
+        TypeError: wrong dtype. NotImplementedError: neither on a CPU nor on CUDA.
     """
     return torch.ops.torchquant.linear_prepack(
         codes, scale, zero_point, bits=bits, group_size=group_size, levels=levels
@@ -68,6 +69,11 @@ def quantized_linear(
     - float x with ``input_scale`` ``[]``: the codes that `torchquant.quantizers.uniform_quantize` gives, made inside;
     - uint8 x: such codes, with ``input_scale`` of one number or one for each row.
 
+    On CUDA the same packed tensors serve, and results are equal to the CPU's bit for bit but for one case: more than 16
+    rows of 16-bit integers are multiplied as floats, by `torch.nn.functional.linear` in x's dtype with the weight
+    unpacked to it for the call. The host never waits for the device there: where x has a NaN or Inf, the outputs of its
+    row are NaN, and ``input_scale`` is taken as it is.
+
     Args:
         x: float32, float16, bfloat16 or uint8 ``[..., K]``.
         packed, grid, levels: from `linear_prepack`, with its ``bits`` and ``group_size``.
@@ -81,7 +87,8 @@ def quantized_linear(
         ``[..., N]`` in x's dtype (float32 for codes).
 
     Raises:
-        ValueError: wrong shapes, bits or activation, a scale that is not positive, or a NaN or Inf in x.
+        ValueError: wrong shapes, devices, bits or activation, or on a CPU a scale that is not positive or a NaN or Inf
+            in x.
         TypeError: wrong dtype.
     """
     return torch.ops.torchquant.quantized_linear(

@@ -17,8 +17,8 @@ class QuantizedLayer(nn.Module):
     rounded to half they would no longer be the ones that the codes were solved for. ``input_quantizer``, when there is
     one, comes before the product.
 
-    On a CPU, ``kernel_weight`` and ``kernel_grid`` are the same weight in the order in which the packed kernels read
-    it; they follow from the other buffers and are in no state_dict.
+    Where the layer has packed kernels, ``kernel_weight`` and ``kernel_grid`` are the same weight in the order in which
+    they read it, the same on every device; they follow from the other buffers and are in no state_dict.
     """
 
     weight_packed: Tensor
@@ -58,8 +58,13 @@ class QuantizedLayer(nn.Module):
         self.prepack()
 
     @torch.jit.ignore
+    def kernel_fits(self, device: torch.device) -> bool:
+        """Whether this layer's packed kernel, where it has one, runs on ``device``."""
+        return device.type == "cpu"
+
+    @torch.jit.ignore
     def prepack(self) -> None:
-        """Derive what the packed kernels read, where this layer has one and lies on a CPU."""
+        """Derive what the packed kernel reads, where this layer has one that fits its device."""
 
     @torch.jit.ignore
     def prepacked_matrix(self) -> tuple[Tensor, Tensor]:
@@ -108,8 +113,10 @@ class QuantizedLayer(nn.Module):
             self.weight_scale, self.weight_zero_point = scale.to(device), zero_point.to(device)
             self.kernel_grid = grid.to(device)
         if device != grid.device:
-            self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), grid.new_empty(0, device=device)
-            self.prepack()
+            if not self.kernel_fits(device):
+                self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), self.kernel_grid.new_empty(0)
+            elif self.kernel_weight.numel() == 0:
+                self.prepack()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

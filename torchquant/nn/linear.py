@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _C
 from .base import QuantizedLayer
 from .layout import is_hf_conv1d
 
@@ -11,8 +12,9 @@ from .layout import is_hf_conv1d
 class QLinear(QuantizedLayer):
     """``y = x W^T + b`` with ``W = (codes - zero_point) * scale``, in the input's dtype.
 
-    On a CPU by `torchquant.kernels.quantized_linear` on the codes of a uniform input quantizer; without a quantizer on
-    the input's 16-bit integers (each row's scale its own). Elsewhere, and where a gradient is wanted, in floats.
+    On a CPU and on CUDA by `torchquant.kernels.quantized_linear` on the codes of a uniform input quantizer; without a
+    quantizer on the input's 16-bit integers (each row's scale its own), on CUDA on floats where rows are many. Where a
+    gradient is wanted, and elsewhere, in floats.
     """
 
     def __init__(
@@ -39,8 +41,12 @@ class QLinear(QuantizedLayer):
         return cls(columns, rows, bits=bits, group_size=group_size, bias=module.bias is not None)
 
     @torch.jit.ignore
+    def kernel_fits(self, device: torch.device) -> bool:
+        return device.type == "cpu" or (device.type == "cuda" and _C.with_cuda)
+
+    @torch.jit.ignore
     def prepack(self) -> None:
-        if self.weight_packed.device.type == "cpu":
+        if self.kernel_fits(self.weight_packed.device):
             self.kernel_weight, self.kernel_grid = self.prepacked_matrix()
 
     def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:

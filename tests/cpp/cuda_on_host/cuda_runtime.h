@@ -179,6 +179,39 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
 inline void __syncwarp() { cuda_on_host::Warp::current().meet("__syncwarp", 0); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __ldg(const float* p) { return *p; }
+
+// Byte by byte as the instructions do it: bytes of four bits' selectors (no repeated signs), and
+// sums of products that wrap.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selectors >> (4 * i) & 15;
+    if (byte > 7) throw std::logic_error("__byte_perm: a selector is above 7");
+    result |= static_cast<unsigned>(bytes >> (8 * byte) & 255) << (8 * i);
+  }
+  return result;
+}
+
+namespace cuda_on_host {
+
+template <class A, int kCount>
+int dot(int a, int b, int first_byte, int sum) {
+  auto total = static_cast<uint32_t>(sum);
+  for (int i = 0; i < kCount; ++i) {
+    const int x = static_cast<A>(static_cast<uint32_t>(a) >> (8 * sizeof(A) * i));
+    const int y = static_cast<int8_t>(static_cast<uint32_t>(b) >> (8 * (first_byte + i)));
+    total += static_cast<uint32_t>(x * y);
+  }
+  return static_cast<int>(total);
+}
+
+}  // namespace cuda_on_host
+
+inline int __dp4a(int a, int b, int sum) { return cuda_on_host::dot<int8_t, 4>(a, b, 0, sum); }
+inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 0, sum); }
+inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 2, sum); }
+
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
   return (*p += x) - x;
 }

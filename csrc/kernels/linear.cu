@@ -1,0 +1,330 @@
+// Packed linear layers on CUDA: activations to integers; products of whole warps; sums to outputs.
+//
+// A warp reads a tile in pieces of 512 contiguous bytes: lane l takes 16 bytes, the outputs
+// 4 * (l % 4) to 4 * (l % 4) + 3, of line l / 4 of eight (Note [weight tiles] of linear.h). Integer
+// sums are exact in any order, so warps share a group's inputs freely; floats follow the order of
+// linear_tile.h.
+#include <csrc/kernels/linear_unpack.h>
+
+#include <csrc/core/warp.cuh>
+
+namespace torchquant {
+namespace {
+
+constexpr int kLaneOutputs = 4;
+constexpr int kWarpLines = 8;
+
+// N words that one instruction loads or stores.
+template <int N>
+struct alignas(N >= 4 ? 16 : 4 * N) Words {
+  uint32_t at[N];
+};
+
+template <int N>
+__device__ Words<N> load_words(const void* from) {
+  Words<N> words;
+  memcpy(&words, __builtin_assume_aligned(from, alignof(Words<N>)), sizeof(words));
+  return words;
+}
+
+// How the lines of a format (stored bits, or four bits that index levels) become bytes with signs,
+// four inputs of one output in a word: the codes themselves, or minus 128 where they need all bits.
+template <int kBits, bool kLevels>
+struct Format {
+  static constexpr int kLineBits = kBits == 3 ? 2 : kBits;  // the third bits have their own line
+  static constexpr int kLines = kLineBits;                  // of a block, but for that one
+  static constexpr int kSteps = 8 / kLineBits;              // of a line
+  static constexpr bool kThird = kBits == 3;
+
+  __device__ Format(const PackedWeight& w, int64_t tile, int quarter) {
+    if constexpr (kLevels) {
+      for (int o = 0; o < kLaneOutputs; ++o)
+        tables_[o] = load_words<4>(w.levels + (tile * kTileOutputs + quarter * kLaneOutputs + o) *
+                                                  w.level_stride);
+    }
+  }
+
+  // Words of output o from its word of the line, and of the line of third bits.
+  __device__ void bytes(int o, uint32_t line, uint32_t third, int first_step,
+                        uint32_t (&out)[kSteps]) const {
+    if constexpr (kLevels) {
+      look_up(tables_[o], line, out);
+    } else if constexpr (kBits == 8) {
+      out[0] = line ^ 0x80808080u;
+    } else {
+      constexpr uint32_t kMask = 0x01010101u * ((1u << kLineBits) - 1);
+      for (int s = 0; s < kSteps; ++s) {
+        out[s] = line >> (s * kLineBits) & kMask;
+        if constexpr (kThird) out[s] |= (third >> (first_step + s) & 0x01010101u) << 2;
+      }
+    }
+  }
+
+ private:
+  // Four nibbles of `codes` to their bytes of the table. A byte permutation picks among eight bytes
+  // by three bits (the fourth would repeat signs), a second one between the halves.
+  __device__ static uint32_t look_up_four(const Words<4>& table, uint32_t codes) {
+    const uint32_t low = __byte_perm(table.at[0], table.at[1], codes & 0x7777);
+    const uint32_t high = __byte_perm(table.at[2], table.at[3], codes & 0x7777);
+    return __byte_perm(low, high, 0x3210 | (codes & 0x8888) >> 1);
+  }
+
+  __device__ static void look_up(const Words<4>& table, uint32_t line, uint32_t (&out)[kSteps]) {
+    if constexpr (kSteps == 2) {  // nibbles are step 0, step 1 of inputs 0, 1, 2, 3
+      const uint32_t first = look_up_four(table, line), last = look_up_four(table, line >> 16);
+      out[0] = __byte_perm(first, last, 0x6420);
+      out[1] = __byte_perm(first, last, 0x7531);
+    }
+  }
+
+  Words<4> tables_[kLevels ? kLaneOutputs : 1];
+};
+
+// sum + four products; wide activations lie as inputs 0 2 1 3.
+__device__ inline uint32_t add_narrow(uint32_t sum, uint32_t weights, uint32_t a) {
+  return static_cast<uint32_t>(
+      __dp4a(static_cast<int>(weights), static_cast<int>(a), static_cast<int>(sum)));
+}
+__device__ inline uint32_t add_wide(uint32_t sum, uint32_t weights, uint32_t even, uint32_t odd) {
+  const int w = static_cast<int>(__byte_perm(weights, 0, 0x3120));
+  const int half = __dp2a_lo(static_cast<int>(even), w, static_cast<int>(sum));
+  return static_cast<uint32_t>(__dp2a_hi(static_cast<int>(odd), w, half));
+}
+
+// One warp's share: a tile, a segment of a group, and rows from `row` on.
+struct Share {
+  int64_t row;
+  int64_t segment;
+  int64_t group;
+  int64_t tile;
+};
+
+template <int kRows>
+__host__ __device__ int64_t shares_of(const PackedProduct& p) {
+  return (p.rows + kRows - 1) / kRows * p.segments * p.weight.layout.groups *
+         (p.last_tile - p.first_tile);
+}
+
+// Warps beside each other take rows of the same weights, which then come from L1.
+template <int kRows>
+__device__ Share share_of(const PackedProduct& p, int64_t index) {
+  const int64_t chunks = (p.rows + kRows - 1) / kRows, groups = p.weight.layout.groups;
+  const int64_t rest = index / chunks;
+  return {index % chunks * kRows, rest % p.segments, rest / p.segments % groups,
+          p.first_tile + rest / p.segments / groups};
+}
+
+// What a lane reads of its warp's share: `lines` lines of weights and the rows' words beside them.
+template <class F, bool kWide, int kRows>
+struct LaneLines {
+  static constexpr int kWords = F::kSteps * (kWide ? 2 : 1);  // of a row, for a line
+  static constexpr int kInputsOfWord = kWide ? 2 : 4;
+
+  int lines;
+  int bits;
+  const uint8_t* weights;
+  const uint32_t* rows[kRows];
+
+  __device__ LaneLines(const PackedProduct& p, const Share& share, int quarter) {
+    const BlockLayout& layout = p.weight.layout;
+    const int64_t length = (layout.group_blocks + p.segments - 1) / p.segments;
+    const int64_t first = share.segment * length,
+                  left = layout.blocks_of_group(share.group) - first;
+    const int64_t block = share.group * layout.group_blocks + first;
+    lines = static_cast<int>((left < length ? left : length) * F::kLines);
+    bits = static_cast<int>(layout.bits);
+    weights = p.weight.packed + (share.tile * layout.blocks + block) * layout.bits * kLine +
+              quarter * static_cast<int64_t>(sizeof(Words<4>));
+    const auto* const all = kWide ? reinterpret_cast<const uint32_t*>(p.wide)
+                                  : reinterpret_cast<const uint32_t*>(p.narrow);
+    for (int r = 0; r < kRows; ++r) {  // rows behind the last one repeat it
+      const int64_t row = share.row + r < p.rows ? share.row + r : p.rows - 1;
+      rows[r] = all + (row * layout.blocks + block) * (kBlockInputs / kInputsOfWord);
+    }
+  }
+
+  // sums[row][output] += products of one line.
+  __device__ void add(const F& format, int line, uint32_t* sums) const {
+    const int in_block = line % F::kLines, first_line = line / F::kLines * bits;
+    const Words<4> codes = load_words<4>(weights + (first_line + in_block) * kLine);
+    Words<4> third = {};
+    if constexpr (F::kThird) third = load_words<4>(weights + (first_line + F::kLines) * kLine);
+    Words<kWords> a[kRows];
+    for (int r = 0; r < kRows; ++r) a[r] = load_words<kWords>(rows[r] + line * kWords);
+    for (int o = 0; o < kLaneOutputs; ++o) {
+      uint32_t bytes[F::kSteps];
+      format.bytes(o, codes.at[o], third.at[o], in_block * F::kSteps, bytes);
+      for (int r = 0; r < kRows; ++r) add_steps(bytes, a[r], sums[r * kLaneOutputs + o]);
+    }
+  }
+
+  __device__ static void add_steps(const uint32_t (&bytes)[F::kSteps], const Words<kWords>& a,
+                                   uint32_t& sum) {
+    for (int s = 0; s < F::kSteps; ++s) {
+      if constexpr (kWide) {
+        sum = add_wide(sum, bytes[s], a.at[2 * s], a.at[2 * s + 1]);
+      } else {
+        sum = add_narrow(sum, bytes[s], a.at[s]);
+      }
+    }
+  }
+};
+
+// Adds N sums over the eight lanes of equal l % 4. Each exchange halves the sums that a lane keeps:
+// in the end it has N / 8 of them, or shares one with another lane; they begin at the returned
+// place.
+template <int N, int kHalf = kWarpSize / 2>
+__device__ int fold_lanes(uint32_t* sums) {
+  int first = 0;
+  if constexpr (N > 1) {
+    const bool upper = (warp_lane() & kHalf) != 0;
+    for (int i = 0; i < N / 2; ++i) {
+      const uint32_t sent = upper ? sums[i] : sums[i + N / 2];
+      const uint32_t kept = upper ? sums[i + N / 2] : sums[i];
+      sums[i] = kept + __shfl_xor_sync(kFullWarp, sent, kHalf);
+    }
+    first = upper ? N / 2 : 0;
+  } else {
+    sums[0] += __shfl_xor_sync(kFullWarp, sums[0], kHalf);
+  }
+  if constexpr (kHalf > kWarpSize / kWarpLines)
+    first += fold_lanes<(N > 1 ? N / 2 : 1), kHalf / 2>(sums);
+  return first;
+}
+
+inline __host__ __device__ int64_t columns_of(const PackedProduct& p) {
+  return (p.last_tile - p.first_tile) * kTileOutputs;
+}
+
+// Where the sum of a segment, group and row of `dots` begins.
+__device__ inline int32_t* dots_at(const PackedProduct& p, int64_t segment, int64_t group,
+                                   int64_t row) {
+  return p.dots + ((segment * p.weight.layout.groups + group) * p.rows + row) * columns_of(p);
+}
+
+template <class F, bool kWide, int kRows>
+__global__ void dots_kernel(const PackedProduct p) {
+  constexpr int kSums = kRows * kLaneOutputs, kKept = kSums < kWarpLines ? 1 : kSums / kWarpLines;
+  const int64_t shares = shares_of<kRows>(p);
+  const int quarter = warp_lane() % 4;
+  for (int64_t index = first_row(); index < shares; index += row_step()) {
+    const Share share = share_of<kRows>(p, index);
+    const F format(p.weight, share.tile, quarter);
+    const LaneLines<F, kWide, kRows> lane(p, share, quarter);
+    uint32_t sums[kSums] = {};
+    for (int line = warp_lane() / 4; line < lane.lines; line += kWarpLines)
+      lane.add(format, line, sums);
+    const int first = fold_lanes<kSums>(sums);
+    const int64_t column = (share.tile - p.first_tile) * kTileOutputs + quarter * kLaneOutputs;
+    for (int i = 0; i < kKept; ++i) {
+      const int64_t row = share.row + (first + i) / kLaneOutputs;
+      if (row < p.rows)
+        dots_at(p, share.segment, share.group, row)[column + (first + i) % kLaneOutputs] =
+            static_cast<int32_t>(sums[i]);
+    }
+  }
+}
+
+// D of one output: all segments, less what the bytes had over u - origin.
+__device__ inline int32_t dot_of(const PackedProduct& p, int64_t group, int64_t row, int64_t column,
+                                 int32_t sum) {
+  const PackedWeight& w = p.weight;
+  const bool signs = w.levels != nullptr || w.layout.bits == 8;
+  const uint32_t origin = static_cast<uint32_t>(signs ? w.origin - 128 : w.origin);
+  uint32_t dot = 0u - origin * static_cast<uint32_t>(sum);
+  for (int64_t s = 0; s < p.segments; ++s)
+    dot += static_cast<uint32_t>(dots_at(p, s, group, row)[column]);
+  return static_cast<int32_t>(dot);
+}
+
+// add_group and finish_row of linear_tile.h, for one output.
+__device__ inline float sum_groups(const PackedProduct& p, int64_t row, int64_t column) {
+  const PackedWeight& w = p.weight;
+  const int64_t output = p.first_tile * kTileOutputs + column;
+  float value = 0.0f;
+  for (int64_t g = 0; g < w.layout.groups; ++g) {
+    const int32_t sum = p.sums[row * w.layout.groups + g];
+    float added = static_cast<float>(dot_of(p, g, row, column, sum));
+    if (w.offset != nullptr) added += w.offset[g * w.stride + output] * static_cast<float>(sum);
+    added *= w.scale[g * w.stride + output];
+    value = g == 0 ? added : value + added;
+  }
+  return value;
+}
+
+__device__ inline float finish(const PackedProduct& p, int64_t row, int64_t output, float y) {
+  if (p.a_zero != nullptr) y -= p.a_zero[row] * p.weight.sum[output];
+  y *= p.a_scale[row];
+  if (p.bias != nullptr) y += p.bias[output];
+  if (p.epilogue == Epilogue::gelu) y = gelu(y);
+  if (p.epilogue == Epilogue::silu) y = silu(y);
+  if (p.residual != nullptr) y += p.residual[row * p.weight.outputs + output];
+  return y;
+}
+
+inline __host__ __device__ int64_t warps_of_row(const PackedProduct& p) {
+  return (columns_of(p) + kWarpSize - 1) / kWarpSize;
+}
+
+__global__ void finish_kernel(const PackedProduct p) {
+  const int64_t warps = warps_of_row(p);
+  for (int64_t index = first_row(); index < p.rows * warps; index += row_step()) {
+    const int64_t row = index / warps, column = index % warps * kWarpSize + warp_lane();
+    const int64_t output = p.first_tile * kTileOutputs + column;
+    if (column < columns_of(p) && output < p.weight.outputs)
+      p.out[row * p.weight.outputs + output] = finish(p, row, output, sum_groups(p, row, column));
+  }
+}
+
+template <class F, bool kWide>
+void launch_dots(const PackedProduct& p, void* stream) {
+  if (p.rows == 1)
+    return launch_rows("packed_product", dots_kernel<F, kWide, 1>, p, shares_of<1>(p), stream);
+  launch_rows("packed_product", dots_kernel<F, kWide, kWarpRows>, p, shares_of<kWarpRows>(p),
+              stream);
+}
+
+template <int kBits, bool kLevels>
+void launch_format(const PackedProduct& p, void* stream) {
+  using F = Format<kBits, kLevels>;
+  p.wide != nullptr ? launch_dots<F, true>(p, stream) : launch_dots<F, false>(p, stream);
+}
+
+void launch_any_format(const PackedProduct& p, void* stream) {
+  if (p.weight.levels != nullptr) return launch_format<4, true>(p, stream);
+  switch (p.weight.layout.bits) {
+    case 2:
+      return launch_format<2, false>(p, stream);
+    case 3:
+      return launch_format<3, false>(p, stream);
+    case 4:
+      return launch_format<4, false>(p, stream);
+    default:
+      return launch_format<8, false>(p, stream);
+  }
+}
+
+__global__ void unpack_weight_kernel(const UnpackWeight work) {
+  const BlockLayout& layout = work.weight.layout;
+  const int64_t blocks = (work.last_tile - work.first_tile) * layout.blocks;
+  for (int64_t index = first_row(); index < blocks; index += row_step()) {
+    const int64_t block = index % layout.blocks, group = block / layout.group_blocks;
+    const WeightPlace place{work.first_tile + index / layout.blocks, group,
+                            block - group * layout.group_blocks};
+    for (int64_t o = 0; o < kTileOutputs; ++o) unpack_element(work, place, o, warp_lane());
+  }
+}
+
+}  // namespace
+
+void launch_packed_product(const PackedProduct& p, void* stream) {
+  launch_any_format(p, stream);
+  launch_rows("packed_product", finish_kernel, p, p.rows * warps_of_row(p), stream);
+}
+
+void launch_unpack_weight(const UnpackWeight& work, void* stream) {
+  launch_rows("unpack_weight", unpack_weight_kernel, work,
+              (work.last_tile - work.first_tile) * work.weight.layout.blocks, stream);
+}
+
+}  // namespace torchquant

@@ -1,0 +1,150 @@
+// The leaves of packed linear layers on every tier of this CPU: the scalar one's results, and no
+// byte touched behind an array's end (see guarded.h).
+#include <csrc/kernels/linear_float.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "linear_problem.h"
+
+namespace torchquant {
+namespace {
+
+struct Tier {
+  std::string name;
+  void (*quantize)(const QuantizeRows&);
+  void (*multiply)(const PackedProduct&);
+  void (*unpack)(const UnpackWeight&);
+
+  // The AVX2 kernel multiplies these weights with 16-bit activations only.
+  bool takes(const LinearCase& c) const {
+    const bool dot_products = name == "avx512" && cpu_has_vnni();
+    return c.wide || name == "scalar" || dot_products || (!c.has_levels() && c.layout().bits < 8);
+  }
+};
+
+std::vector<Tier> tiers() {
+  std::vector<Tier> all;
+  for (const std::string& name : cpu_tiers()) {
+    if (name == "scalar")
+      all.push_back({name, scalar::quantize_rows, scalar::packed_product, scalar::unpack_weight});
+#ifdef TORCHQUANT_X86
+    if (name == "avx2")
+      all.push_back({name, avx2::quantize_rows, avx2::packed_product, avx2::unpack_weight});
+    if (name == "avx512")
+      all.push_back({name, avx512::quantize_rows, avx512::packed_product, avx512::unpack_weight});
+#endif
+  }
+  return all;
+}
+
+const std::vector<LinearCase> kCases = linear_cases(600);
+
+TEST(Linear, EveryTierGivesTheSameIntegers) {
+  for (const LinearCase& c : kCases) {
+    LinearProblem problem(c);
+    ASSERT_TRUE(problem.quantize(scalar::quantize_rows));
+    const auto wanted = problem.integers();
+    for (const Tier& tier : tiers()) {
+      EXPECT_TRUE(problem.quantize(tier.quantize));
+      EXPECT_EQ(problem.integers(), wanted) << tier.name << ": " << c;
+    }
+  }
+}
+
+TEST(Linear, EveryTierGivesTheSameOutputs) {
+  for (const LinearCase& c : kCases) {
+    LinearProblem problem(c), reference(c);
+    problem.quantize(scalar::quantize_rows), reference.quantize(scalar::quantize_rows);
+    for (int64_t first_tile = 0; first_tile < c.tiles(); first_tile += 3) {
+      reference.multiply(scalar::packed_product, first_tile);
+      for (const Tier& tier : tiers()) {
+        if (!tier.takes(c)) continue;
+        problem.multiply(tier.multiply, first_tile);
+        EXPECT_TRUE(problem.out().same_bytes(reference.out())) << tier.name << ": " << c;
+      }
+    }
+  }
+}
+
+TEST(Linear, EveryTierUnpacksTheSameValues) {
+  for (const LinearCase& c : kCases) {
+    LinearProblem problem(c), reference(c);
+    for (const FloatType type : {FloatType::float32, FloatType::float16, FloatType::bfloat16}) {
+      reference.unpack(scalar::unpack_weight, type);
+      for (const Tier& tier : tiers()) {
+        problem.unpack(tier.unpack, type);
+        EXPECT_TRUE(problem.values().same_bytes(reference.values())) << tier.name << ": " << c;
+        EXPECT_TRUE(problem.half_values().same_bytes(reference.half_values())) << tier.name;
+      }
+    }
+  }
+}
+
+// A product with the unit vectors gives the weight back.
+TEST(Linear, UnpackedValuesAreTheOnesMultiplied) {
+  for (const Kind kind : {Kind::uniform, Kind::levels, Kind::row_levels}) {
+    for (const int64_t bits : {2, 3, 4, 8}) {
+      if (bits == 8 && kind != Kind::uniform) continue;
+      const LinearCase c{70, 19, 70, bits, 24, kind, Input::dynamic, true, Epilogue::none, false};
+      LinearProblem problem(c);
+      for (int64_t i = 0; i < 70 * 70; ++i) problem.x()[i] = i % 71 == 0 ? 32767.0f : 0.0f;
+      problem.quantize(scalar::quantize_rows);
+      problem.multiply(scalar::packed_product);
+      problem.unpack(scalar::unpack_weight, FloatType::float32);
+      for (int64_t k = 0; k < 70; ++k) {
+        for (int64_t n = 0; n < 19; ++n)
+          ASSERT_FLOAT_EQ(problem.out()[k * 19 + n], 32767.0f * problem.values()[n * 70 + k]) << c;
+      }
+    }
+  }
+}
+
+TEST(Linear, RowsThatAreNotFiniteAreSeen) {
+  const LinearCase c{3, 5, 37, 4, 0, Kind::uniform, Input::dynamic, false, Epilogue::none, false};
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    LinearProblem problem(c);
+    problem.x()[2 * 37 + 36] = bad;
+    for (const Tier& tier : tiers()) EXPECT_FALSE(problem.quantize(tier.quantize)) << tier.name;
+  }
+}
+
+float value_of_float16(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
+                          : exponent == 31 ? std::numeric_limits<float>::infinity()
+                                           : std::ldexp(1024.0f + mantissa, exponent - 25);
+  return half >> 15 ? -magnitude : magnitude;
+}
+
+// Every number of the narrow types comes back, and what lies between two goes to the nearer one,
+// from the middle to the even one.
+template <class Bits, class Value>
+void check_conversion(uint16_t last, const Bits& bits, const Value& value) {
+  for (uint32_t i = 0; i < last; ++i) {
+    const float low = value(static_cast<uint16_t>(i)), high = value(static_cast<uint16_t>(i + 1));
+    const float middle = low + (high - low) / 2;
+    ASSERT_EQ(bits(low), i);
+    ASSERT_EQ(bits(-low), i | 0x8000);
+    ASSERT_EQ(bits(middle), i + (i & 1));
+    ASSERT_EQ(bits(std::nextafter(middle, low)), i);
+    ASSERT_EQ(bits(std::nextafter(middle, high)), i + 1);
+  }
+}
+
+TEST(Linear, ConversionsRoundHalfToEven) {
+  check_conversion(0x7bff, [](float x) { return float16_bits(x); }, value_of_float16);
+  EXPECT_EQ(float16_bits(65519.0f), 0x7bff);
+  EXPECT_EQ(float16_bits(65520.0f), 0x7c00);
+  EXPECT_EQ(float16_bits(-1e30f), 0xfc00);
+  check_conversion(
+      0x7f7f, [](float x) { return bfloat16_bits(x); },
+      [](uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); });
+}
+
+}  // namespace
+}  // namespace torchquant
