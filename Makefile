@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.*
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Warnings are errors in .ci/run; elsewhere a newer compiler's new warning must not stop anybody.
 WERROR ?= OFF
+# Of `torchquant demo`; .ci/run passes --quick: its networks are trained in full by whoever wants the tables.
+DEMO_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # torch is named in every pip command, so that no dependency can ever pull in another one.
@@ -26,7 +28,7 @@ help:
 	@echo "make build       the operator library and the Python extension, in place"
 
 demo: $(VENV)/demo.stamp build
-	$(BIN)/torchquant demo
+	$(BIN)/torchquant demo $(DEMO_OPTIONS)
 
 test: $(VENV)/test.stamp gtest
 	TORCHQUANT_CMAKE_ARGS="$$TORCHQUANT_CMAKE_ARGS -DTORCHQUANT_TESTS=ON" $(BUILD)

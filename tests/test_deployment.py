@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, scripted
+from recipes.small_vit import calibration, network
 from torch import Tensor, nn
 
 import torchquant
@@ -227,8 +228,7 @@ def test_compile_without_a_graph_break(program: type[nn.Module]):
         assert_same(torch.compile(program(), fullgraph=True)(*inputs()), program()(*inputs()))
 
 
-@pytest.fixture(scope="module")
-def quantized() -> tuple[nn.Module, Tensor]:
+def quantized_cnn() -> tuple[nn.Module, Tensor]:
     """A small model with linear, convolution and depthwise convolution, quantized to 3 bits, and an input for it."""
     generator = torch.Generator().manual_seed(1)
     model = nn.Sequential(
@@ -243,6 +243,18 @@ def quantized() -> tuple[nn.Module, Tensor]:
     batches = [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(8)]
     torchquant.quantize_(model, "W3A16", batches, method="comq", progress=False)
     return model, torch.randn(4, 3, 8, 8, generator=generator)
+
+
+def quantized_vit() -> tuple[nn.Module, Tensor]:
+    """A vision transformer with weights of 4 bits and activations of 8, attention included, and an input for it."""
+    model, batches = network(), calibration()
+    torchquant.quantize_(model, "W4A8", batches, method="rtn", progress=False)
+    return model, batches[0][:5]
+
+
+@pytest.fixture(scope="module", params=[quantized_cnn, quantized_vit], ids=["cnn", "vit"])
+def quantized(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    return request.param()
 
 
 def road_script(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:

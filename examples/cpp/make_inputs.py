@@ -1,4 +1,4 @@
-"""Writes what quantize_layer.cpp reads: layer.pt, a layer that Python quantized, and model.pt, a quantized model.
+"""Writes what quantize_layer.cpp reads: layer.pt, a layer that Python quantized; cnn.pt and vit.pt, quantized models.
 
 usage: make_inputs.py FOLDER
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchquant
+from torchquant.demo.digits_vit import DigitsViT
 
 BITS, GROUP_SIZE = 3, 48
 
@@ -26,8 +27,8 @@ def quantized_layer(generator: torch.Generator) -> dict[str, Tensor]:
     return {"weight": weight, "inputs": inputs, **made, **numbers}
 
 
-def quantized_model() -> nn.Module:
-    torch.manual_seed(0)
+def quantized_cnn() -> tuple[nn.Module, Tensor]:
+    """Weights of 4 bits, depthwise convolution included, and an input."""
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -37,18 +38,24 @@ def quantized_model() -> nn.Module:
         nn.Linear(16 * 8 * 8, 10),
     ).eval()
     torchquant.quantize_(model, "W4A16", [torch.randn(8, 3, 16, 16) for _ in range(4)], method="comq", progress=False)
-    return model
+    return model, torch.randn(4, 3, 16, 16)
+
+
+def quantized_vit() -> tuple[nn.Module, Tensor]:
+    """Weights of 4 bits and activations of 8, those of attention included, and an input."""
+    model = DigitsViT(dim=32, depth=2, heads=2).eval()
+    torchquant.quantize_(model, "W4A8", [torch.rand(16, 8, 8) for _ in range(4)], method="rtn", progress=False)
+    return model, torch.rand(5, 8, 8)
 
 
 def main(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = quantized_layer(generator)
-    model = quantized_model()
-    tensors["model_inputs"] = torch.randn(4, 3, 16, 16, generator=generator)
-    with torch.inference_mode():
-        tensors["model_outputs"] = model(tensors["model_inputs"]).clone()
+    torch.manual_seed(0)
+    tensors = quantized_layer(torch.Generator().manual_seed(0))
+    for name, (model, x) in {"cnn": quantized_cnn(), "vit": quantized_vit()}.items():
+        with torch.inference_mode():
+            tensors[f"{name}_inputs"], tensors[f"{name}_outputs"] = x, model(x).clone()
+        torch.jit.script(model).save(str(folder / f"{name}.pt"))
     torch.save(tensors, folder / "layer.pt")
-    torch.jit.script(model).save(str(folder / "model.pt"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Quantizes a layer with COMQ and runs a quantized model, without Python.
-// usage: quantize_layer FOLDER   (layer.pt and model.pt in it are written by make_inputs.py)
+// Quantizes a layer with COMQ and runs two quantized models, without Python.
+// usage: quantize_layer FOLDER   (layer.pt, cnn.pt and vit.pt in it are written by make_inputs.py)
 #include <torch/script.h>
 
 #include <fstream>
@@ -51,10 +51,11 @@ bool quantize_layer(const Tensors& layer) {
 
 // The model that Python quantized and scripted. Its float products may be summed in another order,
 // so outputs get a tolerance.
-bool run_model(const std::string& path, const Tensors& layer) {
-  torch::jit::Module model = torch::jit::load(path);
-  const at::Tensor outputs = model.forward({layer.at("model_inputs")}).toTensor();
-  return report("model outputs", at::allclose(outputs, layer.at("model_outputs"), 1e-5, 1e-5));
+bool run_model(const std::string& folder, const std::string& name, const Tensors& written) {
+  torch::jit::Module model = torch::jit::load(folder + "/" + name + ".pt");
+  const at::Tensor outputs = model.forward({written.at(name + "_inputs")}).toTensor();
+  const bool same = at::allclose(outputs, written.at(name + "_outputs"), 1e-5, 1e-5);
+  return report(("outputs of " + name).c_str(), same);
 }
 
 }  // namespace
@@ -67,8 +68,9 @@ int main(int argc, char** argv) try {
   const std::string folder = argv[1];
   const torch::InferenceMode no_autograd;
   const Tensors layer = load_tensors(folder + "/layer.pt");
-  const bool same = quantize_layer(layer);
-  return run_model(folder + "/model.pt", layer) && same ? 0 : 1;
+  bool same = quantize_layer(layer);
+  for (const char* name : {"cnn", "vit"}) same = run_model(folder, name, layer) && same;
+  return same ? 0 : 1;
 } catch (const c10::Error& error) {
   std::cerr << error.what_without_backtrace() << "\n";
   return 1;

@@ -47,6 +47,7 @@ class DigitsViT(nn.Module):
 
     def __init__(self, dim: int = 24, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
+        self.patch = PATCH  # TorchScript reads no module-level names
         tokens = (IMAGE // PATCH) ** 2
         self.embed = nn.Linear(PATCH * PATCH, dim)
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
@@ -55,7 +56,7 @@ class DigitsViT(nn.Module):
         self.head = nn.Linear(dim, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = images.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(1, 2).flatten(2)
+        patches = images.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch).flatten(1, 2).flatten(2)
         x = self.blocks(self.embed(patches) + self.position)
         return self.head(self.norm(x).mean(1))
 
