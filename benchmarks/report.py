@@ -6,8 +6,7 @@ from pathlib import Path
 
 from .harness import Result
 
-BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
-SECTION = ("<!-- {0}: written by make bench -->", "<!-- end of {0} -->")  # a section with tables of its own
+SECTION = ("<!-- {0}: written by make bench -->", "<!-- end of {0} -->")  # what a run of some cases replaces
 HEADER = (
     "| case | (N, K) | threads | ours, ms: best / median | peer | peer, ms: best / median "
     "| ratio: median [min .. max], best | wanted | fraction of the floor; floor | note |"
@@ -42,18 +41,14 @@ def markdown(results: list[Result], facts: dict[str, str], command: str) -> str:
     return "\n".join([preamble(facts, command), HEADER, rule, *(line(result) for result in results)])
 
 
-def insert(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
-    """Puts text between the markers of the file."""
-    first, last = markers
+def insert_section(path: Path, name: str, text: str) -> None:
+    """Puts text between the section's markers in the file."""
+    first, last = (marker.format(name) for marker in SECTION)
     before, begin, rest = path.read_text().partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
         raise ValueError(f"{path}: needs the lines {first!r} and {last!r}")
     path.write_text(f"{before}{first}\n{text}\n{last}{after}")
-
-
-def insert_section(path: Path, name: str, text: str) -> None:
-    insert(path, text, (SECTION[0].format(name), SECTION[1].format(name)))
 
 
 def write_json(path: Path, results: list[Result], facts: dict[str, str], command: str) -> None:

@@ -17,17 +17,24 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(before)
 
 
+def section(name: str, text: str) -> str:
+    from benchmarks.report import SECTION
+
+    first, last = (marker.format(name) for marker in SECTION)
+    return f"{first}\n{text}\n{last}\n"
+
+
 def test_every_shaped_case_runs_and_is_written_between_the_markers(tmp_path: Path) -> None:
     from benchmarks.__main__ import main
-    from benchmarks.report import BEGIN, END
 
     page, data = tmp_path / "page.md", tmp_path / "data.json"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text("before\n" + section("results", "old") + "between\n" + section("activations", "old") + "after\n")
     cases = ["gram", "comq", "greedy", "comq-default", "gptq", "magr", "prox", "erq", "histogram", "sulq", "subset"]
     assert main([*cases, "--shape", "40x24", "--rounds", "2", "--write", str(page), "--json", str(data)]) == 0
 
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("activations -->\nafter\n") and "old" not in text
+    assert text.index("| gram |") < text.index("between\n") < text.index("| erq |")
     results = json.loads(data.read_text())["results"]
     assert {result["shape"] for result in results} == {"(40, 24)", "(6304 tokens, 24)"}
     assert all(f"| {result['case']} |" in text for result in results)
@@ -38,16 +45,14 @@ def test_every_shaped_case_runs_and_is_written_between_the_markers(tmp_path: Pat
 
 def test_linear_writes_its_own_table_and_leaves_the_others(tmp_path: Path) -> None:
     from benchmarks.__main__ import main
-    from benchmarks.report import BEGIN, END, SECTION
 
-    first, last = (marker.format("linear") for marker in SECTION)
     page, data = tmp_path / "page.md", tmp_path / "data.json"
-    page.write_text(f"{BEGIN}\noperators\n{END}\n{first}\nstale\n{last}\n")
+    page.write_text(section("results", "operators") + section("linear", "stale"))
     options = ["--rounds", "2", "--write", str(page), "--json", str(data)]
     assert main(["linear", "--shape", "1x128x48", "--shape", "5x64x80", *options]) == 0
 
     text = page.read_text()
-    assert f"{BEGIN}\noperators\n{END}" in text and "stale" not in text and text.endswith(f"{last}\n")
+    assert section("results", "operators") in text and "stale" not in text and text.endswith("linear -->\n")
     results = json.loads(data.read_text())["results"]
     assert {result["shape"] for result in results} == {"1x128x48 cold", "1x128x48 hot", "5x64x80"}
     compared = {(result["case"], result["peer"]) for result in results}
