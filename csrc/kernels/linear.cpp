@@ -1,6 +1,7 @@
 // Packed low-bit linear layers: y = x W^T + b with integer activations (see linear.h).
 #include <csrc/kernels/linear.h>
 
+#include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
@@ -25,7 +26,7 @@ constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
 constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
 constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
-constexpr int64_t kFewRows = 16;  // on CUDA: more are worth a weight in floats (tensor cores)
+constexpr int64_t kFewRows = 16;                // on CUDA: for more, an unpacked weight pays
 
 Epilogue parse_epilogue(std::string_view name) {
   if (name == "none") return Epilogue::none;
@@ -119,8 +120,12 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   const auto options = x.options().requires_grad(false);
   const auto floats = options.dtype(at::kFloat);
   Activations a{at::empty({rows, depth}, options.dtype(wide ? at::kShort : at::kChar)),
-                at::empty({rows, layout.groups}, options.dtype(at::kInt)), at::Tensor(),
-                at::Tensor()};
+                at::Tensor(), at::Tensor(), at::Tensor()};
+  // One more column, and zeros, are what CUDA's kernels ask for.
+  const at::Tensor counters = x.is_cuda()
+                                  ? at::zeros({rows * (layout.groups + 1)}, options.dtype(at::kInt))
+                                  : at::empty({rows * layout.groups}, options.dtype(at::kInt));
+  a.sums = counters.narrow(0, 0, rows * layout.groups);
   QuantizeRows q{};
   q.layout = layout;
   q.rows = rows;
@@ -130,6 +135,7 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   q.narrow = wide ? nullptr : a.integers.mutable_data_ptr<int8_t>();
   q.wide = wide ? a.integers.mutable_data_ptr<int16_t>() : nullptr;
   q.sums = a.sums.mutable_data_ptr<int32_t>();
+  if (x.is_cuda()) q.largest = reinterpret_cast<uint32_t*>(q.sums + a.sums.numel());
   if (grid.dynamic()) {
     q.limit = grid.bits == 8 ? 127.0f : 32767.0f;
     a.scale = at::empty({rows}, floats);
@@ -194,31 +200,58 @@ void multiply(const PackedProduct& all) {
   });
 }
 
-// As many rows at once as the sums of their groups have room.
-void multiply_on_cuda(const PackedProduct& all, const at::Tensor& out) {
-  const int64_t numbers = all.weight.layout.groups * all.last_tile * kTileOutputs;  // of a row
-  const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
-  for (int64_t row = 0; row < all.rows; row += step) {
-    PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
-    part.segments = product_segments(part);
-    const at::Tensor dots =
-        at::empty({part.segments * part.rows * numbers}, out.options().dtype(at::kInt));
-    part.dots = dots.mutable_data_ptr<int32_t>();
-    TORCHQUANT_LAUNCH(packed_product, part);
-  }
-}
-
-// The weight's values, [N, K] in one of the float dtypes.
+// The weight as values [N, K] in a float dtype, or as bytes [tiles * 16, blocks * 32] in int8.
 at::Tensor unpacked(const PackedWeight& weight, const at::TensorOptions& options) {
   const auto type = options.dtype().toScalarType();
-  const at::Tensor values = at::empty({weight.outputs, weight.layout.columns}, options);
-  const UnpackWeight work{weight, 0, (weight.outputs + kTileOutputs - 1) / kTileOutputs,
-                          type == at::kFloat  ? FloatType::float32
-                          : type == at::kHalf ? FloatType::float16
-                                              : FloatType::bfloat16,
+  const int64_t tiles = (weight.outputs + kTileOutputs - 1) / kTileOutputs;
+  const at::Tensor values =
+      type == at::kChar
+          ? at::empty({tiles * kTileOutputs, weight.layout.blocks * kBlockInputs}, options)
+          : at::empty({weight.outputs, weight.layout.columns}, options);
+  const UnpackWeight work{weight, 0, tiles,
+                          type == at::kFloat  ? UnpackType::float32
+                          : type == at::kHalf ? UnpackType::float16
+                          : type == at::kChar ? UnpackType::bytes
+                                              : UnpackType::bfloat16,
                           values.mutable_data_ptr()};
   if (values.numel() > 0) TORCHQUANT_RUN(unpack_weight, values, work);
   return values;
+}
+
+// dots[group] = integers of the group times bytes, by the BLAS.
+void multiply_bytes(const BlockLayout& layout, const at::Tensor& integers,  // [M, blocks * 32]
+                    const at::Tensor& bytes,                                // [N', blocks * 32]
+                    const at::Tensor& dots) {                               // [groups, M, N']
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const int64_t first = g * layout.group_blocks * kBlockInputs;
+    const int64_t count = layout.blocks_of_group(g) * kBlockInputs;
+    at::Tensor out = dots.select(0, g);
+    at::_int_mm_out(out, integers.narrow(1, first, count), bytes.narrow(1, first, count).t());
+  }
+}
+
+// As many rows at once as the sums of their groups have room. More than a few 8-bit ones go through
+// the BLAS, which has tensor cores.
+void multiply_on_cuda(const PackedProduct& all, const at::Tensor& integers) {
+  const BlockLayout& layout = all.weight.layout;
+  const int64_t outputs = all.last_tile * kTileOutputs, numbers = layout.groups * outputs;
+  const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
+  const auto options = integers.options().dtype(at::kInt);
+  at::Tensor bytes;
+  for (int64_t row = 0; row < all.rows; row += step) {
+    PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
+    const bool blas = part.rows > kFewRows && part.narrow != nullptr && layout.columns > 0;
+    part.segments = blas ? 1 : product_segments(part);
+    const at::Tensor dots = at::empty({part.segments * layout.groups, part.rows, outputs}, options);
+    part.dots = dots.mutable_data_ptr<int32_t>();
+    if (blas) {
+      if (!bytes.defined()) bytes = unpacked(all.weight, integers.options());
+      multiply_bytes(layout, integers.narrow(0, row, part.rows), bytes, dots);
+      TORCHQUANT_LAUNCH(finish_product, part);
+    } else {
+      TORCHQUANT_LAUNCH(packed_product, part);
+    }
+  }
 }
 
 at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
@@ -292,7 +325,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   product.epilogue = epilogue;
   product.vnni = cpu_has_vnni();
   product.out = out.mutable_data_ptr<float>();
-  if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, out) : multiply(product);
+  if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, a.integers) : multiply(product);
   return codes ? out.view(shape) : out.view(shape).to(x.scalar_type());
 }
 

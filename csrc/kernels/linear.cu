@@ -106,12 +106,20 @@ __host__ __device__ int64_t shares_of(const PackedProduct& p) {
 }
 
 // Warps beside each other take rows of the same weights, which then come from L1.
+// Indices fit in 32 bits (see kDots), where a division is several times cheaper.
 template <int kRows>
 __device__ Share share_of(const PackedProduct& p, int64_t index) {
-  const int64_t chunks = (p.rows + kRows - 1) / kRows, groups = p.weight.layout.groups;
-  const int64_t rest = index / chunks;
-  return {index % chunks * kRows, rest % p.segments, rest / p.segments % groups,
-          p.first_tile + rest / p.segments / groups};
+  const auto chunks = static_cast<uint32_t>((p.rows + kRows - 1) / kRows);
+  const auto segments = static_cast<uint32_t>(p.segments);
+  const auto groups = static_cast<uint32_t>(p.weight.layout.groups);
+  const uint32_t rest = static_cast<uint32_t>(index) / chunks, unsegmented = rest / segments;
+  return {static_cast<uint32_t>(index) % chunks * int64_t{kRows}, rest % segments,
+          unsegmented % groups, p.first_tile + unsegmented / groups};
+}
+
+__device__ inline int64_t segment_length(const PackedProduct& p) {
+  const auto segments = static_cast<uint32_t>(p.segments);
+  return (static_cast<uint32_t>(p.weight.layout.group_blocks) + segments - 1) / segments;
 }
 
 // What a lane reads of its warp's share: `lines` lines of weights and the rows' words beside them.
@@ -127,7 +135,7 @@ struct LaneLines {
 
   __device__ LaneLines(const PackedProduct& p, const Share& share, int quarter) {
     const BlockLayout& layout = p.weight.layout;
-    const int64_t length = (layout.group_blocks + p.segments - 1) / p.segments;
+    const int64_t length = p.segments == 1 ? layout.group_blocks : segment_length(p);
     const int64_t first = share.segment * length,
                   left = layout.blocks_of_group(share.group) - first;
     const int64_t block = share.group * layout.group_blocks + first;
@@ -212,6 +220,9 @@ __global__ void dots_kernel(const PackedProduct p) {
     const F format(p.weight, share.tile, quarter);
     const LaneLines<F, kWide, kRows> lane(p, share, quarter);
     uint32_t sums[kSums] = {};
+#ifdef __CUDACC__
+#pragma unroll 4
+#endif
     for (int line = warp_lane() / 4; line < lane.lines; line += kWarpLines)
       lane.add(format, line, sums);
     const int first = fold_lanes<kSums>(sums);
@@ -225,29 +236,46 @@ __global__ void dots_kernel(const PackedProduct p) {
   }
 }
 
-// D of one output: all segments, less what the bytes had over u - origin.
-__device__ inline int32_t dot_of(const PackedProduct& p, int64_t group, int64_t row, int64_t column,
-                                 int32_t sum) {
-  const PackedWeight& w = p.weight;
-  const bool signs = w.levels != nullptr || w.layout.bits == 8;
-  const uint32_t origin = static_cast<uint32_t>(signs ? w.origin - 128 : w.origin);
-  uint32_t dot = 0u - origin * static_cast<uint32_t>(sum);
-  for (int64_t s = 0; s < p.segments; ++s)
-    dot += static_cast<uint32_t>(dots_at(p, s, group, row)[column]);
-  return static_cast<int32_t>(dot);
-}
+// What enters one output from one group.
+struct GroupTerms {
+  uint32_t dot;
+  int32_t sum;
+  float scale;
+  float offset;
+};
 
-// add_group and finish_row of linear_tile.h, for one output.
-__device__ inline float sum_groups(const PackedProduct& p, int64_t row, int64_t column) {
+__device__ inline GroupTerms terms_of(const PackedProduct& p, int64_t g, int64_t row,
+                                      int64_t column) {
   const PackedWeight& w = p.weight;
   const int64_t output = p.first_tile * kTileOutputs + column;
+  GroupTerms terms{static_cast<uint32_t>(dots_at(p, 0, g, row)[column]),
+                   p.sums[row * w.layout.groups + g], w.scale[g * w.stride + output],
+                   w.offset != nullptr ? w.offset[g * w.stride + output] : 0.0f};
+  for (int64_t s = 1; s < p.segments; ++s)
+    terms.dot += static_cast<uint32_t>(dots_at(p, s, g, row)[column]);
+  return terms;
+}
+
+// add_group and finish_row of linear_tile.h, for one output. Groups are added one after another but
+// loaded some at a time, or each would wait for memory.
+__device__ inline float sum_groups(const PackedProduct& p, int64_t row, int64_t column) {
+  constexpr int kAtOnce = 8;
+  const PackedWeight& w = p.weight;
+  const int64_t groups = w.layout.groups;
+  const uint32_t origin = static_cast<uint32_t>(w.needs_signs() ? w.origin - 128 : w.origin);
   float value = 0.0f;
-  for (int64_t g = 0; g < w.layout.groups; ++g) {
-    const int32_t sum = p.sums[row * w.layout.groups + g];
-    float added = static_cast<float>(dot_of(p, g, row, column, sum));
-    if (w.offset != nullptr) added += w.offset[g * w.stride + output] * static_cast<float>(sum);
-    added *= w.scale[g * w.stride + output];
-    value = g == 0 ? added : value + added;
+  for (int64_t first = 0; first < groups; first += kAtOnce) {
+    GroupTerms terms[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i)
+      terms[i] = terms_of(p, first + i < groups ? first + i : groups - 1, row, column);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= groups) break;
+      const uint32_t dot = terms[i].dot - origin * static_cast<uint32_t>(terms[i].sum);
+      float added = static_cast<float>(static_cast<int32_t>(dot));
+      if (w.offset != nullptr) added += terms[i].offset * static_cast<float>(terms[i].sum);
+      added *= terms[i].scale;
+      value = first + i == 0 ? added : value + added;
+    }
   }
   return value;
 }
@@ -306,12 +334,15 @@ void launch_any_format(const PackedProduct& p, void* stream) {
 
 __global__ void unpack_weight_kernel(const UnpackWeight work) {
   const BlockLayout& layout = work.weight.layout;
+  const auto row_blocks = static_cast<uint32_t>(layout.blocks);
   const int64_t blocks = (work.last_tile - work.first_tile) * layout.blocks;
   for (int64_t index = first_row(); index < blocks; index += row_step()) {
-    const int64_t block = index % layout.blocks, group = block / layout.group_blocks;
-    const WeightPlace place{work.first_tile + index / layout.blocks, group,
-                            block - group * layout.group_blocks};
-    for (int64_t o = 0; o < kTileOutputs; ++o) unpack_element(work, place, o, warp_lane());
+    const uint32_t tile = static_cast<uint32_t>(index) / row_blocks;
+    const uint32_t block = static_cast<uint32_t>(index) % row_blocks;
+    const uint32_t group = block / static_cast<uint32_t>(layout.group_blocks);
+    const int lane = warp_lane();
+    unpack_run(work, {work.first_tile + tile, group, block - group * layout.group_blocks, lane / 2,
+                      lane % 2 * kRun});
   }
 }
 
@@ -319,7 +350,11 @@ __global__ void unpack_weight_kernel(const UnpackWeight work) {
 
 void launch_packed_product(const PackedProduct& p, void* stream) {
   launch_any_format(p, stream);
-  launch_rows("packed_product", finish_kernel, p, p.rows * warps_of_row(p), stream);
+  launch_finish_product(p, stream);
+}
+
+void launch_finish_product(const PackedProduct& p, void* stream) {
+  launch_rows("finish_product", finish_kernel, p, p.rows * warps_of_row(p), stream);
 }
 
 void launch_unpack_weight(const UnpackWeight& work, void* stream) {

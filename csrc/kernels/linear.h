@@ -74,6 +74,9 @@ struct PackedWeight {
   const float* sum;       // [stride]: of the row's values
   const int8_t* levels;   // [16], or [outputs padded to 16, 16] with level_stride 16, or null
   int64_t level_stride;
+
+  // Whether u minus 128 is what fits in a byte with sign; elsewhere u itself does.
+  TORCHQUANT_HOST_DEVICE bool needs_signs() const { return levels != nullptr || layout.bits == 8; }
 };
 
 enum class Epilogue : int32_t { none, gelu, silu };
@@ -122,29 +125,33 @@ struct QuantizeRows {
   // that is not finite gets the a_scale NaN.
   const float* scale_at;  // null: as above
   const float* zero_point_at;
+  uint32_t* largest;  // [rows], zeros, as are sums
 };
 
-enum class FloatType : int32_t { float32, float16, bfloat16 };
+enum class UnpackType : int32_t { float32, float16, bfloat16, bytes };
 
-// The values of tiles [first_tile, last_tile), (u - origin + offset) * scale in float32 and then
-// rounded to `type`.
+// Tiles [first_tile, last_tile) as values, (u - origin + offset) * scale in float32 and then
+// rounded to `type`; or as bytes with sign, u or u - 128.
 struct UnpackWeight {
   PackedWeight weight;
   int64_t first_tile;
   int64_t last_tile;
-  FloatType type;
-  void* out;  // [outputs, columns]
+  UnpackType type;
+  void* out;  // [outputs, columns]; bytes: [tiles * 16, blocks * 32]
 };
 
 TORCHQUANT_TIER_LEAF(packed_product, PackedProduct)
 TORCHQUANT_TIER_LEAF(quantize_rows, QuantizeRows)
 TORCHQUANT_TIER_LEAF(unpack_weight, UnpackWeight)
 
+// The end of launch_packed_product, where `dots` (of bytes with sign) are there already.
+void launch_finish_product(const PackedProduct& p, void* stream);
+
 // On CUDA a warp multiplies one tile and a few rows over a part of one group. Groups are cut into
 // segments until there are warps enough for a GPU, but no shorter than eight blocks.
 constexpr int64_t kWarpRows = 4;
 inline int64_t product_segments(const PackedProduct& p) {
-  constexpr int64_t kWarps = 4096, kShortest = 8;
+  constexpr int64_t kWarps = 1 << 14, kShortest = 8;
   const int64_t chunks = p.rows == 1 ? 1 : (p.rows + kWarpRows - 1) / kWarpRows;
   const int64_t whole = (p.last_tile - p.first_tile) * chunks * p.weight.layout.groups;
   const int64_t wanted = (kWarps + whole - 1) / (whole < 1 ? 1 : whole);

@@ -1,5 +1,6 @@
-// Activations to integers on CUDA: a warp takes a row, or where there are few rows some of a row's
-// groups. Each of these warps then looks for the row's largest magnitude itself.
+// Activations to integers on CUDA. A row is cut into slices, one for each warp, so that even one
+// row keeps a GPU busy: a first kernel finds each row's largest magnitude, a second one quantizes.
+// Both meet in integers, whose order does not matter.
 #include <csrc/kernels/linear.h>
 #include <csrc/kernels/linear_float.h>
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kFour = 4;  // inputs of a lane: four loads wait together, and stores are whole words
 constexpr int64_t kWarpFour = kFour * kWarpSize;
-constexpr int64_t kWarps = 1024;  // enough to fill a GPU; more would only repeat the search
+constexpr int64_t kSlice = 8 * kWarpFour;  // inputs of a warp
 
 struct RowGrid {
   bool dynamic;
@@ -19,37 +20,36 @@ struct RowGrid {
   float factor;  // 1 / scale, for scales that come from the row
 };
 
-inline __host__ __device__ int64_t parts_of_row(const QuantizeRows& q) {
-  const int64_t wanted = kWarps / (q.rows < 1 ? 1 : q.rows);
-  return wanted < 1 ? 1 : wanted < q.layout.groups ? wanted : q.layout.groups;
+inline __host__ __device__ int64_t slices_of(int64_t count) {
+  return (count + kSlice - 1) / kSlice;
 }
 
-template <class T>
-__device__ T warp_sum_of(T x) {
-  for (int half = kWarpSize / 2; half > 0; half /= 2) x += __shfl_xor_sync(kFullWarp, x, half);
-  return x;
-}
-
-// Largest magnitude by comparing bits, so that NaN and Inf come out largest.
-__device__ inline float largest_magnitude(const float* x, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = warp_lane() * kFour; i < count; i += kWarpFour) {
-    for (int j = 0; j < kFour; ++j) {
-      const uint32_t magnitude = i + j < count ? bits_of(x[i + j]) & 0x7fffffff : 0;
-      largest = largest > magnitude ? largest : magnitude;
+// By comparing bits, so that NaN and Inf come out largest.
+__global__ void largest_kernel(const QuantizeRows q) {
+  const int64_t columns = q.layout.columns, slices = slices_of(columns);
+  for (int64_t index = first_row(); index < q.rows * slices; index += row_step()) {
+    const int64_t row = index / slices, begin = index % slices * kSlice;
+    const int64_t end = begin + kSlice < columns ? begin + kSlice : columns;
+    const float* const x = q.x + row * columns;
+    uint32_t largest = 0;
+    for (int64_t i = begin + warp_lane() * kFour; i < end; i += kWarpFour) {
+      for (int j = 0; j < kFour; ++j) {
+        const uint32_t magnitude = i + j < end ? bits_of(x[i + j]) & 0x7fffffff : 0;
+        largest = largest > magnitude ? largest : magnitude;
+      }
     }
+    for (int half = kWarpSize / 2; half > 0; half /= 2) {
+      const uint32_t other = __shfl_xor_sync(kFullWarp, largest, half);
+      largest = largest > other ? largest : other;
+    }
+    if (warp_lane() == 0) atomicMax(q.largest + row, largest);
   }
-  for (int half = kWarpSize / 2; half > 0; half /= 2) {
-    const uint32_t other = __shfl_xor_sync(kFullWarp, largest, half);
-    largest = largest > other ? largest : other;
-  }
-  return float_of(largest);
 }
 
 // As grid_of_row of quantize_rows.tier.cpp; the scale of a row that is not finite is NaN.
 __device__ inline RowGrid grid_of_row(const QuantizeRows& q, int64_t row) {
   if (q.x == nullptr) return {false, 0.0f, 0.0f, 0.0f};
-  const float largest = largest_magnitude(q.x + row * q.layout.columns, q.layout.columns);
+  const float largest = float_of(q.largest[row]);
   const bool finite = largest <= 3.4028234663852886e38f;
   const float nan = float_of(0x7fc00000);
   if (q.scale_at != nullptr) return {false, finite ? *q.scale_at : nan, *q.zero_point_at, 0.0f};
@@ -80,14 +80,15 @@ __device__ inline void store_four(const QuantizeRows& q, int64_t at, const int32
   }
 }
 
-__device__ inline void quantize_group(const QuantizeRows& q, const RowGrid& grid, int64_t row,
-                                      int64_t g) {
+__device__ inline void quantize_slice(const QuantizeRows& q, const RowGrid& grid, int64_t row,
+                                      int64_t g, int64_t slice) {
   const BlockLayout& layout = q.layout;
   const int64_t first = row * layout.columns + g * layout.group_size;
   const int64_t to = (row * layout.blocks + g * layout.group_blocks) * kBlockInputs;
   const int64_t count = layout.group_columns(g), padded = layout.blocks_of_group(g) * kBlockInputs;
+  const int64_t begin = slice * kSlice, end = begin + kSlice < padded ? begin + kSlice : padded;
   int32_t sum = 0;
-  for (int64_t i = warp_lane() * kFour; i < padded; i += kWarpFour) {
+  for (int64_t i = begin + warp_lane() * kFour; i < end; i += kWarpFour) {
     int32_t a[kFour];
     for (int j = 0; j < kFour; ++j) {
       a[j] = i + j < count ? integer_at(q, grid, first + i + j) : 0;
@@ -95,25 +96,30 @@ __device__ inline void quantize_group(const QuantizeRows& q, const RowGrid& grid
     }
     store_four(q, to + i, a);
   }
-  sum = warp_sum_of(sum);
-  if (warp_lane() == 0) q.sums[row * layout.groups + g] = sum;
+  for (int half = kWarpSize / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
+  if (warp_lane() == 0) atomicAdd(q.sums + row * layout.groups + g, sum);
+}
+
+inline __host__ __device__ int64_t slices_of_row(const QuantizeRows& q) {
+  return q.layout.groups * slices_of(q.layout.group_blocks * kBlockInputs);
 }
 
 __global__ void quantize_rows_kernel(const QuantizeRows q) {
-  const int64_t parts = parts_of_row(q), groups = (q.layout.groups + parts - 1) / parts;
-  for (int64_t index = first_row(); index < q.rows * parts; index += row_step()) {
-    const int64_t row = index / parts, first = index % parts * groups;
-    const int64_t end = first + groups < q.layout.groups ? first + groups : q.layout.groups;
+  const int64_t slices = slices_of_row(q), groups = q.layout.groups;
+  for (int64_t index = first_row(); index < q.rows * slices; index += row_step()) {
+    const int64_t row = index / slices, slice = index % slices;
     const RowGrid grid = grid_of_row(q, row);
-    if (q.a_scale != nullptr && first == 0 && warp_lane() == 0) q.a_scale[row] = grid.scale;
-    for (int64_t g = first; g < end; ++g) quantize_group(q, grid, row, g);
+    if (q.a_scale != nullptr && slice == 0 && warp_lane() == 0) q.a_scale[row] = grid.scale;
+    quantize_slice(q, grid, row, slice % groups, slice / groups);
   }
 }
 
 }  // namespace
 
 void launch_quantize_rows(const QuantizeRows& q, void* stream) {
-  launch_rows("quantize_rows", quantize_rows_kernel, q, q.rows * parts_of_row(q), stream);
+  if (q.x != nullptr)
+    launch_rows("quantize_rows", largest_kernel, q, q.rows * slices_of(q.layout.columns), stream);
+  launch_rows("quantize_rows", quantize_rows_kernel, q, q.rows * slices_of_row(q), stream);
 }
 
 }  // namespace torchquant

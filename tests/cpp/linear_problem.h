@@ -84,6 +84,8 @@ class LinearProblem {
     out_ = Guarded<float>(c.rows * c.outputs);
     values_ = Guarded<uint16_t>(c.outputs * c.columns);
     wide_values_ = Guarded<float>(c.outputs * c.columns);
+    bytes_ = Guarded<int8_t>(c.tiles() * kTileOutputs * depth);
+    largest_ = Guarded<uint32_t>(c.rows);
   }
 
   // Everything is overwritten first with what no leaf leaves there.
@@ -99,6 +101,7 @@ class LinearProblem {
     q.narrow = narrow_.data_or_null();
     q.wide = wide_.data_or_null();
     q.sums = sums_.data();
+    q.largest = largest_.data();
     q.finite = &finite;
     q.shift = 128;
     q.max_code = 255;
@@ -134,10 +137,11 @@ class LinearProblem {
     leaf(p);
   }
 
-  void unpack(void (*leaf)(const UnpackWeight&), FloatType type) {
-    fill(values_), fill(wide_values_);
-    void* const out = type == FloatType::float32 ? static_cast<void*>(wide_values_.data())
-                                                 : static_cast<void*>(values_.data());
+  void unpack(void (*leaf)(const UnpackWeight&), UnpackType type) {
+    fill(values_), fill(wide_values_), fill(bytes_);
+    void* const out = type == UnpackType::float32 ? static_cast<void*>(wide_values_.data())
+                      : type == UnpackType::bytes ? static_cast<void*>(bytes_.data())
+                                                  : static_cast<void*>(values_.data());
     leaf({weight(), 0, c_.tiles(), type, out});
   }
 
@@ -169,6 +173,7 @@ class LinearProblem {
   const Guarded<float>& out() const { return out_; }
   const Guarded<float>& values() const { return wide_values_; }
   const Guarded<uint16_t>& half_values() const { return values_; }
+  const Guarded<int8_t>& bytes() const { return bytes_; }
   Guarded<float>& x() { return x_; }
 
  private:
@@ -189,7 +194,8 @@ class LinearProblem {
   std::mt19937 engine_;
   Guarded<uint8_t> packed_, codes_;
   Guarded<float> scale_, offset_, sum_, x_, a_scale_, a_zero_, bias_, residual_, out_, wide_values_;
-  Guarded<int8_t> levels_, narrow_;
+  Guarded<int8_t> levels_, narrow_, bytes_;
+  Guarded<uint32_t> largest_;
   Guarded<int16_t> wide_;
   Guarded<int32_t> sums_;
   Guarded<uint16_t> values_;

@@ -48,11 +48,13 @@ TEST(CudaLinear, Products) {
 TEST(CudaLinear, UnpackedValues) {
   for (const LinearCase& c : kCases) {
     LinearProblem problem(c), reference(c);
-    for (const FloatType type : {FloatType::float32, FloatType::float16, FloatType::bfloat16}) {
+    for (const UnpackType type :
+         {UnpackType::float32, UnpackType::float16, UnpackType::bfloat16, UnpackType::bytes}) {
       reference.unpack(scalar::unpack_weight, type);
       problem.unpack([](const UnpackWeight& work) { launch_unpack_weight(work, nullptr); }, type);
       EXPECT_TRUE(problem.values().same_bytes(reference.values())) << c;
       EXPECT_TRUE(problem.half_values().same_bytes(reference.half_values())) << c;
+      EXPECT_TRUE(problem.bytes().same_bytes(reference.bytes())) << c;
     }
   }
 }

@@ -23,6 +23,8 @@ void quantize_on_cuda(const QuantizeRows& all) {
     q.zero_point_at = &all.zero_point;
     q.scale = 0.0f;
   }
+  for (int64_t i = 0; i < q.rows; ++i) q.largest[i] = 0;
+  for (int64_t i = 0; i < q.rows * q.layout.groups; ++i) q.sums[i] = 0;
   launch_quantize_rows(q, nullptr);
 }
 

@@ -73,12 +73,14 @@ TEST(Linear, EveryTierGivesTheSameOutputs) {
 TEST(Linear, EveryTierUnpacksTheSameValues) {
   for (const LinearCase& c : kCases) {
     LinearProblem problem(c), reference(c);
-    for (const FloatType type : {FloatType::float32, FloatType::float16, FloatType::bfloat16}) {
+    for (const UnpackType type :
+         {UnpackType::float32, UnpackType::float16, UnpackType::bfloat16, UnpackType::bytes}) {
       reference.unpack(scalar::unpack_weight, type);
       for (const Tier& tier : tiers()) {
         problem.unpack(tier.unpack, type);
         EXPECT_TRUE(problem.values().same_bytes(reference.values())) << tier.name << ": " << c;
         EXPECT_TRUE(problem.half_values().same_bytes(reference.half_values())) << tier.name;
+        EXPECT_TRUE(problem.bytes().same_bytes(reference.bytes())) << tier.name << ": " << c;
       }
     }
   }
@@ -94,7 +96,7 @@ TEST(Linear, UnpackedValuesAreTheOnesMultiplied) {
       for (int64_t i = 0; i < 70 * 70; ++i) problem.x()[i] = i % 71 == 0 ? 32767.0f : 0.0f;
       problem.quantize(scalar::quantize_rows);
       problem.multiply(scalar::packed_product);
-      problem.unpack(scalar::unpack_weight, FloatType::float32);
+      problem.unpack(scalar::unpack_weight, UnpackType::float32);
       for (int64_t k = 0; k < 70; ++k) {
         for (int64_t n = 0; n < 19; ++n)
           ASSERT_FLOAT_EQ(problem.out()[k * 19 + n], 32767.0f * problem.values()[n * 70 + k]) << c;

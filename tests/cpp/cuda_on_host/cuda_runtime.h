@@ -212,6 +212,12 @@ inline int __dp4a(int a, int b, int sum) { return cuda_on_host::dot<int8_t, 4>(a
 inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 0, sum); }
 inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 2, sum); }
 
+inline int atomicAdd(int* p, int x) { return (*p += x) - x; }
+inline unsigned atomicMax(unsigned* p, unsigned x) {
+  const unsigned before = *p;
+  *p = before > x ? before : x;
+  return before;
+}
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
   return (*p += x) - x;
 }
