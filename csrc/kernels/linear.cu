@@ -16,14 +16,14 @@ constexpr int kWarpLines = 8;
 
 // N words that one instruction loads or stores.
 template <int N>
-struct alignas(N >= 4 ? 16 : 4 * N) Words {
+struct alignas(N >= 4 ? 16 : 4 * N) LineWords {
   uint32_t at[N];
 };
 
 template <int N>
-__device__ Words<N> load_words(const void* from) {
-  Words<N> words;
-  memcpy(&words, __builtin_assume_aligned(from, alignof(Words<N>)), sizeof(words));
+__device__ LineWords<N> load_words(const void* from) {
+  LineWords<N> words;
+  memcpy(&words, __builtin_assume_aligned(from, alignof(LineWords<N>)), sizeof(words));
   return words;
 }
 
@@ -63,13 +63,14 @@ struct Format {
  private:
   // Four nibbles of `codes` to their bytes of the table. A byte permutation picks among eight bytes
   // by three bits (the fourth would repeat signs), a second one between the halves.
-  __device__ static uint32_t look_up_four(const Words<4>& table, uint32_t codes) {
+  __device__ static uint32_t look_up_four(const LineWords<4>& table, uint32_t codes) {
     const uint32_t low = __byte_perm(table.at[0], table.at[1], codes & 0x7777);
     const uint32_t high = __byte_perm(table.at[2], table.at[3], codes & 0x7777);
     return __byte_perm(low, high, 0x3210 | (codes & 0x8888) >> 1);
   }
 
-  __device__ static void look_up(const Words<4>& table, uint32_t line, uint32_t (&out)[kSteps]) {
+  __device__ static void look_up(const LineWords<4>& table, uint32_t line,
+                                 uint32_t (&out)[kSteps]) {
     if constexpr (kSteps == 2) {  // nibbles are step 0, step 1 of inputs 0, 1, 2, 3
       const uint32_t first = look_up_four(table, line), last = look_up_four(table, line >> 16);
       out[0] = __byte_perm(first, last, 0x6420);
@@ -77,7 +78,7 @@ struct Format {
     }
   }
 
-  Words<4> tables_[kLevels ? kLaneOutputs : 1];
+  LineWords<4> tables_[kLevels ? kLaneOutputs : 1];
 };
 
 // sum + four products; wide activations lie as inputs 0 2 1 3.
@@ -142,7 +143,7 @@ struct LaneLines {
     lines = static_cast<int>((left < length ? left : length) * F::kLines);
     bits = static_cast<int>(layout.bits);
     weights = p.weight.packed + (share.tile * layout.blocks + block) * layout.bits * kLine +
-              quarter * static_cast<int64_t>(sizeof(Words<4>));
+              quarter * static_cast<int64_t>(sizeof(LineWords<4>));
     const auto* const all = kWide ? reinterpret_cast<const uint32_t*>(p.wide)
                                   : reinterpret_cast<const uint32_t*>(p.narrow);
     for (int r = 0; r < kRows; ++r) {  // rows behind the last one repeat it
@@ -154,10 +155,10 @@ struct LaneLines {
   // sums[row][output] += products of one line.
   __device__ void add(const F& format, int line, uint32_t* sums) const {
     const int in_block = line % F::kLines, first_line = line / F::kLines * bits;
-    const Words<4> codes = load_words<4>(weights + (first_line + in_block) * kLine);
-    Words<4> third = {};
+    const LineWords<4> codes = load_words<4>(weights + (first_line + in_block) * kLine);
+    LineWords<4> third = {};
     if constexpr (F::kThird) third = load_words<4>(weights + (first_line + F::kLines) * kLine);
-    Words<kWords> a[kRows];
+    LineWords<kWords> a[kRows];
     for (int r = 0; r < kRows; ++r) a[r] = load_words<kWords>(rows[r] + line * kWords);
     for (int o = 0; o < kLaneOutputs; ++o) {
       uint32_t bytes[F::kSteps];
@@ -166,7 +167,7 @@ struct LaneLines {
     }
   }
 
-  __device__ static void add_steps(const uint32_t (&bytes)[F::kSteps], const Words<kWords>& a,
+  __device__ static void add_steps(const uint32_t (&bytes)[F::kSteps], const LineWords<kWords>& a,
                                    uint32_t& sum) {
     for (int s = 0; s < F::kSteps; ++s) {
       if constexpr (kWide) {

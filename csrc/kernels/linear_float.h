@@ -63,6 +63,11 @@ TORCHQUANT_HOST_DEVICE uint16_t bfloat16_bits(float x) {
 }
 
 TORCHQUANT_HOST_DEVICE uint16_t float16_bits(float x) {
+#ifdef __CUDA_ARCH__
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+#else
   const uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(x) & 0x7fffffff;
   const float kSmallestNormal = 6.103515625e-5f;  // 2^-14; below, all numbers are multiples of
   uint32_t half;                                  // 2^-24, as floats from 0.5 to 1 are
@@ -74,6 +79,7 @@ TORCHQUANT_HOST_DEVICE uint16_t float16_bits(float x) {
     half = half < 0x7c00 ? half : 0x7c00;
   }
   return static_cast<uint16_t>(sign | half);
+#endif
 }
 
 }  // namespace torchquant
