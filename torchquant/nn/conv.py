@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import conv_prepack, unpack_codes
 from .base import QuantizedLayer
 from .layout import ConvGeometry, geometry, transposed_from_matrix
 
@@ -54,15 +55,19 @@ class _QConv(QuantizedLayer):
         has_bias = module.bias is not None
         return cls(tuple(weight.shape), conv, bits=bits, group_size=group_size, bias=has_bias)
 
+    def same_sides(self, x: Tensor) -> list[int]:
+        """TensorFlow's SAME for this input, in the order of F.pad."""
+        sides: list[int] = []
+        for axis in range(len(self.stride) - 1, -1, -1):
+            size, step = x.shape[axis - len(self.stride)], self.stride[axis]
+            reach = (size + step - 1) // step * step - step + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+            total = max(reach - size, 0)
+            sides += [total // 2, total - total // 2]
+        return sides
+
     def pad(self, x: Tensor) -> Tensor:
         if self.prepad_mode == "same":
-            sides: list[int] = []
-            for axis in range(len(self.stride) - 1, -1, -1):
-                size, step = x.shape[axis - len(self.stride)], self.stride[axis]
-                reach = (size + step - 1) // step * step - step + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
-                total = max(reach - size, 0)
-                sides += [total // 2, total - total // 2]
-            return F.pad(x, sides)
+            return F.pad(x, self.same_sides(x))
         if self.prepad_mode != "none":
             return F.pad(x, self.prepad, mode=self.prepad_mode)
         return x
@@ -94,9 +99,71 @@ class QConv1d(_QConv):
 
 
 class QConv2d(_QConv):
-    """nn.Conv2d with a low-bit weight: grouped and depthwise too."""
+    """nn.Conv2d with a low-bit weight: grouped and depthwise too.
+
+    On a CPU by `torchquant.kernels.quantized_conv2d` on the codes of a uniform input quantizer with one grid; without a
+    quantizer on the input's 16-bit integers (each sample's scale its own). Elsewhere, and where a gradient is wanted,
+    in floats.
+    """
+
+    @torch.jit.ignore
+    def prepack(self) -> None:
+        if self.weight_packed.device.type != "cpu":
+            return
+        codes = unpack_codes(self.weight_packed, bits=self.bits, columns=self.columns)
+        symmetric = bool((self.weight_zero_point == 2 ** (self.bits - 1)).all())
+        self.kernel_weight, self.kernel_grid, _ = conv_prepack(
+            codes,
+            self.weight_scale,
+            None if symmetric else self.weight_zero_point,
+            bits=self.bits,
+            kernel_size=self.kernel_size,
+            groups=self.groups,
+            group_size=self.group_size,
+        )
+
+    def all_sides(self, x: Tensor) -> list[int]:
+        """Top, bottom, left, right: zeros of every origin, which the kernel adds itself."""
+        height, width = self.padding
+        sides = [0, 0, 0, 0]
+        if self.prepad_mode == "same":
+            sides = self.same_sides(x)
+        elif self.prepad_mode == "constant":
+            sides = self.prepad
+        return [sides[2] + height, sides[3] + height, sides[0] + width, sides[1] + width]
+
+    def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
+        return torch.ops.torchquant.quantized_conv2d(
+            x,
+            self.kernel_weight,
+            self.kernel_grid,
+            self.bias,
+            bits=self.bits,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.all_sides(x),
+            dilation=self.dilation,
+            groups=self.groups,
+            group_size=self.group_size,
+            input_scale=scale,
+            input_zero_point=zero_point,
+            input_bits=input_bits,
+        )
+
+    def reflected(self, x: Tensor) -> Tensor:
+        """Padding that repeats pixels, which gives the same codes before the quantizer as after it."""
+        return x if self.prepad_mode == "same" or self.prepad_mode == "constant" else self.pad(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and self.kernel_runs(x):
+            if self.input_quantizer is None:
+                return self.product(self.reflected(x), None, None, 16)
+            elif self.input_quantizer.is_integer():
+                integers, scale, zero_point = self.input_quantizer.for_kernel(self.reflected(x))
+                if scale.numel() == 1:
+                    return self.product(integers, scale, zero_point, self.input_quantizer.bits).to(x.dtype)
         weight = self.conv_weight().to(x.dtype)
         return F.conv2d(self.padded(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
 
