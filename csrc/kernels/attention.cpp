@@ -6,10 +6,13 @@
 #include <ATen/ops/zeros.h>
 #include <csrc/core/check.h>
 #include <csrc/core/parallel.h>
+#include <csrc/kernels/attention_levels.h>
+#include <csrc/kernels/attention_operand.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -17,27 +20,15 @@ namespace torchquant {
 namespace {
 
 constexpr const char* kOp = "quantized_attention";
-constexpr int64_t kMaxLevels = 256;  // a code is a byte
-// Scores of a task, in floats: they stay in the second-level cache. Fewer rows cost the products
-// more than they save; small heads share a task.
+// Scores of a task, in floats: they stay in the second-level cache. Fewer rows cost BLAS products
+// more than they save; small heads share a task. Integer products want nothing of that kind.
 constexpr int64_t kMaxScores = 3 << 15, kMinRows = 64, kSharedScores = 1 << 15;
-// So many thresholds are fastest compared one by one; with vectors of 4, few.
-constexpr int64_t kMaxCounted = 15, kMaxCountedScalar = 3;
-constexpr int64_t kMaxBuckets = 4096;  // 48 KB; a row's probabilities use few of them
-constexpr int32_t kMantissa = 23;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kMaxIntegerScores = 1 << 13, kMinIntegerRows = 12;
+constexpr int64_t kTileRows = 6;  // so many rows are one pass of the integer product
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// What quantizes the probabilities: a table, a grid or nothing.
-struct Quantizer {
-  const OptionalTensor& thresholds;  // [T], rising
-  const OptionalTensor& exponents;   // [T + 1]
-  const OptionalTensor& eta;         // []
-  const OptionalTensor& scale;       // []
-  const OptionalTensor& zero_point;  // []
-  int64_t bits;                      // of the grid
+// Of q, k and v, which the caller has not quantized where they are given.
+struct OperandGrids {
+  std::optional<OperandGrid> query, key, value;
 };
 
 // --- checks ---
@@ -66,141 +57,6 @@ void check_mask(const at::Tensor& mask, bool is_causal) {
       ": mask must be bool, float32, float16 or bfloat16, got ", type);
   TORCH_CHECK_VALUE(!is_causal, kOp, ": mask must be None with is_causal, got shape ",
                     mask.sizes());
-}
-
-void check_vector(const char* argument, const at::Tensor& table, int64_t largest) {
-  TORCH_CHECK_TYPE(table.scalar_type() == at::kFloat, kOp, ": ", argument, " must be float32, got ",
-                   table.scalar_type());
-  TORCH_CHECK_VALUE(table.dim() == 1 && table.size(0) <= largest, kOp, ": ", argument,
-                    " must be a vector of at most ", largest, " entries, got shape ",
-                    table.sizes());
-}
-
-float one_value(const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, kOp, ": ", argument,
-                   " must be float32, got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.numel() == 1, kOp, ": ", argument, " must hold one value, got shape ",
-                    tensor.sizes());
-  const float value = tensor.item<float>();
-  TORCH_CHECK_VALUE(std::isfinite(value), kOp, ": ", argument, " must be finite, got ", value);
-  return value;
-}
-
-// --- levels ---
-
-// The table that `Levels` points to.
-class Table {
- public:
-  explicit Table(const Quantizer& quantizer);
-  Levels levels;
-
- private:
-  void read(const Quantizer& quantizer);
-  bool make_buckets(int32_t shift);
-
-  std::vector<float> thresholds_;
-  std::vector<float> values_;
-  std::vector<Bucket> buckets_;
-};
-
-// Thresholds that every probability exceeds, or none, are left out.
-void Table::read(const Quantizer& quantizer) {
-  const at::Tensor table = quantizer.thresholds->contiguous();
-  const at::Tensor exponents = quantizer.exponents->contiguous();
-  const float* const t = table.const_data_ptr<float>();
-  const float* const exponent = exponents.const_data_ptr<float>();
-  const double eta = one_value("eta", *quantizer.eta);
-  // In float64, so that one rounding makes the value.
-  const auto value = [&](int64_t code) {
-    return static_cast<float>(std::exp2(static_cast<double>(exponent[code])) - eta);
-  };
-  levels.of_nan = value(0);
-  values_.assign(1, value(0));
-  for (int64_t i = 0; i < table.numel(); ++i) {
-    TORCH_CHECK_VALUE(i == 0 ? !std::isnan(t[0]) : t[i - 1] <= t[i], kOp,
-                      ": thresholds must rise, got ", table);
-    if (t[i] >= 1.0f) continue;
-    if (t[i] < 0.0f) {
-      values_.back() = value(i + 1);
-      continue;
-    }
-    thresholds_.push_back(t[i] + 0.0f);  // -0 counts as 0
-    values_.push_back(value(i + 1));
-  }
-}
-
-// Buckets of 2^shift neighbouring floats; false when there would be too many, or two thresholds in
-// one.
-bool Table::make_buckets(int32_t shift) {
-  const auto bucket_of = [&](float x) { return __builtin_bit_cast(int32_t, x) >> shift; };
-  levels.bucket_shift = shift;
-  levels.first_bucket = bucket_of(thresholds_.front());
-  levels.last_bucket = bucket_of(thresholds_.back());
-  if (levels.last_bucket - levels.first_bucket >= kMaxBuckets) return false;
-  buckets_.clear();
-  size_t t = 0;
-  for (int32_t bucket = levels.first_bucket; bucket <= levels.last_bucket; ++bucket) {
-    const bool cut = t < thresholds_.size() && bucket_of(thresholds_[t]) == bucket;
-    buckets_.push_back(
-        {cut ? thresholds_[t] : kInfinity, {values_[t], values_[t + (cut ? 1 : 0)]}});
-    t += cut ? 1 : 0;
-    if (t < thresholds_.size() && bucket_of(thresholds_[t]) == bucket) return false;
-  }
-  return true;
-}
-
-Table::Table(const Quantizer& quantizer) : levels{} {
-  levels.of_nan = kNaN;
-  if (quantizer.scale.has_value()) {
-    levels.kind = LevelKind::uniform;
-    levels.grid = {one_value("softmax_scale", *quantizer.scale),
-                   one_value("softmax_zero_point", *quantizer.zero_point)};
-    TORCH_CHECK_VALUE(levels.grid.scale > 0, kOp, ": softmax_scale must be positive, got ",
-                      levels.grid.scale);
-    levels.max_code = max_code_of(quantizer.bits);
-  }
-  if (!quantizer.thresholds.has_value()) return;
-  read(quantizer);
-  levels.kind = LevelKind::counted;
-  levels.threshold_count = static_cast<int64_t>(thresholds_.size());
-  // Thresholds that no buckets can tell apart are counted, however many there are.
-  const bool few =
-      levels.threshold_count <= (cpu_tier() == CpuTier::scalar ? kMaxCountedScalar : kMaxCounted);
-  for (int32_t shift = kMantissa; shift >= 0 && !few; --shift) {
-    if (!make_buckets(shift)) continue;
-    levels.kind = LevelKind::bucketed;
-    break;
-  }
-  levels.thresholds = thresholds_.data();
-  levels.values = values_.data();
-  levels.buckets = buckets_.data();
-}
-
-float level_of_zero(const Levels& levels) {
-  if (levels.kind == LevelKind::none) return 0.0f;
-  if (levels.kind != LevelKind::uniform) return levels.values[0];
-  const Grid grid = levels.grid;
-  return to_value(to_code(0.0f, grid.scale, grid.zero_point, levels.max_code), grid.scale,
-                  grid.zero_point);
-}
-
-void check_quantizer(const Quantizer& quantizer) {
-  const bool table = quantizer.thresholds.has_value(), grid = quantizer.scale.has_value();
-  TORCH_CHECK_VALUE(
-      table == quantizer.exponents.has_value() && table == quantizer.eta.has_value(), kOp,
-      ": thresholds, exponents and eta must be given together, got only some of them");
-  TORCH_CHECK_VALUE(
-      grid == quantizer.zero_point.has_value(), kOp,
-      ": softmax_scale and softmax_zero_point must be given together, got only one of them");
-  TORCH_CHECK_VALUE(!(table && grid), kOp,
-                    ": softmax_scale must be None with thresholds, got both");
-  if (grid) check_bits(kOp, quantizer.bits);
-  if (!table) return;
-  check_vector("thresholds", *quantizer.thresholds, kMaxLevels - 1);
-  check_vector("exponents", *quantizer.exponents, kMaxLevels);
-  TORCH_CHECK_VALUE(quantizer.exponents->size(0) == quantizer.thresholds->size(0) + 1, kOp,
-                    ": exponents must be one more than the thresholds, got ",
-                    quantizer.exponents->size(0), " for ", quantizer.thresholds->size(0));
 }
 
 // --- the product ---
@@ -258,22 +114,51 @@ class Mask {
   at::Tensor mask_;  // [..., L, S]
 };
 
+// What attention reads, of every head: float tensors, or codes where there are grids.
+struct Operands {
+  Operands(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+           at::IntArrayRef leading, const OperandGrids& grids, bool value_codes);
+
+  int64_t heads = 1;
+  int64_t rows, keys, width;
+  at::Tensor q, k, v;  // [heads, L, D], [heads, S, D], [heads, S, Dv]
+  std::optional<HeadRows> query_rows;
+  std::optional<OperandGrid> query_grid;
+  std::optional<PackedHeads> key_codes, value_codes;
+  mutable std::atomic<bool> finite{true};  // where there are grids
+};
+
+Operands::Operands(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                   at::IntArrayRef leading, const OperandGrids& grids, bool integer_values)
+    : rows(query.size(-2)), keys(key.size(-2)), width(value.size(-1)) {
+  for (const int64_t size : leading) heads *= size;
+  if (heads * rows * keys * width == 0) return;
+  if (grids.key.has_value()) {
+    query_rows.emplace(query, leading);
+    query_grid = grids.query;
+    key_codes.emplace(HeadRows(key, leading), heads, *grids.key, PackedHeads::Order::keys, finite);
+  } else {
+    q = per_head(query, leading, heads);
+    k = per_head(key, leading, heads);
+  }
+  if (!grids.value.has_value()) {
+    v = per_head(value, leading, heads);
+  } else if (integer_values) {
+    value_codes.emplace(HeadRows(value, leading), heads, *grids.value, PackedHeads::Order::values,
+                        finite);
+  } else {
+    v = dequantized_heads(HeadRows(value, leading), heads, *grids.value, finite);
+  }
+}
+
 // Attention of every head, cut into tasks: some heads whole, or some rows of one.
 class Product {
  public:
-  Product(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Mask& mask,
-          const Levels& levels, float scale, bool is_causal)
-      : q_(q), k_(k), v_(v), mask_(mask), levels_(levels), scale_(scale), is_causal_(is_causal) {
-    out_ = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
-    const int64_t area = q.size(1) * k.size(1);
-    rows_ = std::clamp(kMaxScores / k.size(1), std::min(kMinRows, q.size(1)), q.size(1));
-    const int64_t parts = (q.size(1) + rows_ - 1) / rows_;
-    rows_ = (q.size(1) + parts - 1) / parts;  // of one size
-    heads_ = std::clamp<int64_t>(kSharedScores / area, 1, q.size(0));
-  }
+  Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
+          bool is_causal);
   at::Tensor run() const {
-    const int64_t parts = (q_.size(1) + rows_ - 1) / rows_;
-    const int64_t groups = (q_.size(0) + heads_ - 1) / heads_;
+    const int64_t parts = (x_.rows + rows_ - 1) / rows_;
+    const int64_t groups = (x_.heads + heads_ - 1) / heads_;
     for_each_chunk(groups * parts,
                    [&](int64_t task) { attend(task / parts * heads_, task % parts * rows_); });
     return out_;
@@ -281,9 +166,11 @@ class Product {
 
  private:
   void attend(int64_t head, int64_t row) const;
+  void score(const at::Tensor& scores, int64_t head, int64_t row) const;
   void quantize(const at::Tensor& scores, int64_t head, int64_t row) const;
+  void mix(AttentionRows work, int64_t head, int64_t row) const;
 
-  const at::Tensor &q_, &k_, &v_;  // [heads, L, D], [heads, S, D], [heads, S, Dv]
+  const Operands& x_;
   const Mask& mask_;
   const Levels& levels_;
   float scale_;
@@ -293,59 +180,122 @@ class Product {
   int64_t heads_ = 0;  // of a task; more than one only with all their rows
 };
 
+Product::Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
+                 bool is_causal)
+    : x_(operands),
+      mask_(mask),
+      levels_(levels),
+      scale_(scale),
+      is_causal_(is_causal),
+      out_(at::empty({x_.heads, x_.rows, x_.width}, at::kFloat)) {
+  const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
+  const int64_t largest = integer ? kMaxIntegerScores : kMaxScores;
+  const int64_t least = std::min(integer ? kMinIntegerRows : kMinRows, x_.rows);
+  rows_ = std::clamp(largest / x_.keys, least, x_.rows);
+  const int64_t parts = (x_.rows + rows_ - 1) / rows_;
+  rows_ = (x_.rows + parts - 1) / parts;  // of one size
+  if (integer) rows_ = std::min((rows_ + kTileRows - 1) / kTileRows * kTileRows, x_.rows);
+  heads_ = std::clamp<int64_t>(kSharedScores / (x_.rows * x_.keys), 1, x_.heads);
+  if (rows_ < x_.rows) heads_ = 1;
+}
+
 void Product::attend(int64_t head, int64_t row) const {
-  const int64_t heads = std::min(heads_, q_.size(0) - head);
-  const int64_t rows = std::min(rows_, q_.size(1) - row);
-  // Keys that no row of the task may see add nothing, if probability 0 is level 0.
-  const bool skip = is_causal_ && level_of_zero(levels_) == 0.0f;
-  const int64_t keys = skip ? std::min(k_.size(1), row + rows) : k_.size(1);
-  const auto part = [&](const at::Tensor& x, int64_t first, int64_t count) {
-    return x.narrow(0, head, heads).narrow(1, first, count);
-  };
-  at::Tensor scores = at::empty({heads, rows, keys}, q_.options());
-  at::bmm_out(scores, part(q_, row, rows), part(k_, 0, keys).transpose(1, 2));
+  const int64_t heads = std::min(heads_, x_.heads - head);
+  const int64_t rows = std::min(rows_, x_.rows - row);
+  // Keys that no row of the task may see add nothing, if probability 0 is level 0. Codes of values
+  // are multiplied whole: their sums are those of all keys.
+  const bool skip = is_causal_ && !x_.value_codes.has_value() && level_of_zero(levels_) == 0.0f;
+  const int64_t keys = skip ? std::min(x_.keys, row + rows) : x_.keys;
+  at::Tensor scores = at::empty({heads, rows, keys}, at::kFloat);
+  score(scores, head, row);
   quantize(scores, head, row);
-  at::Tensor out = part(out_, row, rows);
-  at::bmm_out(out, scores, part(v_, 0, keys));
+  if (x_.value_codes.has_value()) return;
+  at::Tensor out = out_.narrow(0, head, heads).narrow(1, row, rows);
+  at::bmm_out(out, scores, x_.v.narrow(0, head, heads).narrow(1, 0, keys));
+}
+
+void Product::score(const at::Tensor& scores, int64_t head, int64_t row) const {
+  const int64_t heads = scores.size(0), rows = scores.size(1), keys = scores.size(2);
+  if (!x_.key_codes.has_value()) {
+    at::Tensor out = scores;
+    at::bmm_out(out, x_.q.narrow(0, head, heads).narrow(1, row, rows),
+                x_.k.narrow(0, head, heads).narrow(1, 0, keys).transpose(1, 2));
+    return;
+  }
+  const PackedHeads& codes = *x_.key_codes;
+  const auto [grid, bits] = *x_.query_grid;
+  bool finite = true;
+  QuantizeRows one{};
+  one.scale = grid.scale;
+  one.zero_point = grid.zero_point;
+  one.max_code = max_code_of(bits);
+  one.shift = 1 << (bits - 1);
+  one.finite = &finite;
+  IntegerRows queries(codes.layout(), rows);
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < rows; ++r) {
+      one.x = x_.query_rows->row(head + h, row + r);
+      queries.set(r, one, grid.scale * codes.scale(), grid.zero_point - one.shift);
+    }
+    PackedWeight weight = codes.view(head + h);
+    weight.outputs = keys;
+    queries.multiply(weight, scores.mutable_data_ptr<float>() + h * rows * keys);
+  }
+  if (!finite) x_.finite = false;
 }
 
 void Product::quantize(const at::Tensor& scores, int64_t head, int64_t row) const {
   const int64_t rows = scores.size(1), keys = scores.size(2);
-  std::vector<float> buffer(static_cast<size_t>(keys + kRowPad));
+  const auto buffer =
+      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kRowGroup * (keys + kRowPad)));
+  AttentionRows work{};
+  work.rows = rows;
+  work.keys = keys;
+  work.scale = scale_;
+  work.causal_keys = is_causal_ ? row + 1 : keys;
+  work.levels = levels_;
+  work.row = buffer.get();
   for (int64_t h = 0; h < scores.size(0); ++h) {
-    AttentionRows work{};
     work.scores = scores.mutable_data_ptr<float>() + h * rows * keys;
-    work.rows = rows;
-    work.keys = keys;
-    work.scale = scale_;
-    work.causal_keys = is_causal_ ? row + 1 : keys;
-    work.levels = levels_;
-    work.row = buffer.data();
     mask_.apply_to(work, head + h, row);
-    attention_rows(work);
+    x_.value_codes.has_value() ? mix(work, head + h, row) : attention_rows(work);
   }
 }
 
+// Codes of probabilities times codes of values.
+void Product::mix(AttentionRows work, int64_t head, int64_t row) const {
+  const PackedHeads& values = *x_.value_codes;
+  const IntegerRows integers(values.layout(), work.rows);
+  const ProbabilityRows codes = integers.probabilities(levels_.grid.scale * values.scale());
+  work.codes = &codes;
+  attention_rows(work);
+  integers.multiply(values.view(head),
+                    out_.mutable_data_ptr<float>() + (head * x_.rows + row) * x_.width);
+}
+
 at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const OptionalTensor& mask, const Levels& levels, double scale,
-                        bool is_causal) {
+                        const OptionalTensor& mask, const OperandGrids& grids, const Levels& levels,
+                        double scale, bool is_causal) {
   std::vector<int64_t> shape;
   join(shape, "q", q);
   join(shape, "k", k);
   join(shape, "v", v);
   if (mask.has_value() && mask->dim() > 2) join(shape, "mask", *mask);
-  const int64_t rows = q.size(-2), keys = k.size(-2), width = v.size(-1);
   const std::vector<int64_t> leading = shape;
-  int64_t heads = 1;
-  for (const int64_t size : leading) heads *= size;
-  shape.insert(shape.end(), {rows, keys});
+  shape.insert(shape.end(), {q.size(-2), k.size(-2)});
   const Mask of_scores(mask, shape);
-  shape.back() = width;
-  if (heads * rows * keys * width == 0) return at::zeros(shape, q.options());
-  const at::Tensor a = per_head(q, leading, heads), b = per_head(k, leading, heads),
-                   c = per_head(v, leading, heads);
-  const Product product(a, b, c, of_scores, levels, static_cast<float>(scale), is_causal);
-  return product.run().view(shape).to(q.scalar_type());
+  shape.back() = v.size(-1);
+  const Operands operands(q, k, v, leading, grids, levels.kind == LevelKind::uniform);
+  if (operands.heads * operands.rows * operands.keys * operands.width == 0)
+    return at::zeros(shape, q.options());
+  const Product product(operands, of_scores, levels, static_cast<float>(scale), is_causal);
+  const at::Tensor out = product.run();
+  if (!operands.finite) {
+    if (grids.query.has_value()) check_finite(kOp, "q", q);
+    if (grids.key.has_value()) check_finite(kOp, "k", k);
+    if (grids.value.has_value()) check_finite(kOp, "v", v);
+  }
+  return out.view(shape).to(q.scalar_type());
 }
 
 at::Tensor quantized_attention(const at::Tensor& q,                       // [..., L, D]
@@ -357,7 +307,16 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
                                const OptionalTensor& eta,                 // []
                                const OptionalTensor& softmax_scale,       // []
                                const OptionalTensor& softmax_zero_point,  // []
-                               int64_t softmax_bits, std::optional<double> scale, bool is_causal) {
+                               int64_t softmax_bits, std::optional<double> scale, bool is_causal,
+                               const OptionalTensor& query_scale,       // []
+                               const OptionalTensor& query_zero_point,  // []
+                               int64_t query_bits,
+                               const OptionalTensor& key_scale,       // []
+                               const OptionalTensor& key_zero_point,  // []
+                               int64_t key_bits,
+                               const OptionalTensor& value_scale,       // []
+                               const OptionalTensor& value_zero_point,  // []
+                               int64_t value_bits) {
   check_operand("q", q, q);
   check_operand("k", k, q);
   check_operand("v", v, q);
@@ -365,10 +324,15 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
   if (mask.has_value()) check_mask(*mask, is_causal);
   const Quantizer quantizer{thresholds,    exponents,          eta,
                             softmax_scale, softmax_zero_point, softmax_bits};
-  check_quantizer(quantizer);
-  const Table table(quantizer);
+  check_quantizer(kOp, quantizer);
+  const Table table(kOp, quantizer);
+  const OperandGrids grids{operand_grid(kOp, "query", query_scale, query_zero_point, query_bits),
+                           operand_grid(kOp, "key", key_scale, key_zero_point, key_bits),
+                           operand_grid(kOp, "value", value_scale, value_zero_point, value_bits)};
+  TORCH_CHECK_VALUE(grids.query.has_value() == grids.key.has_value(), kOp,
+                    ": query_scale and key_scale must be given together, got only one of them");
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1))));
-  return attention_of(q, k, v, mask, table.levels, factor, is_causal);
+  return attention_of(q, k, v, mask, grids, table.levels, factor, is_causal);
 }
 
 }  // namespace
@@ -379,7 +343,9 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "thresholds=None, "
       "Tensor? exponents=None, Tensor? eta=None, Tensor? softmax_scale=None, "
       "Tensor? softmax_zero_point=None, int softmax_bits=8, float? scale=None, "
-      "bool is_causal=False) -> Tensor");
+      "bool is_causal=False, Tensor? query_scale=None, Tensor? query_zero_point=None, "
+      "int query_bits=8, Tensor? key_scale=None, Tensor? key_zero_point=None, int key_bits=8, "
+      "Tensor? value_scale=None, Tensor? value_zero_point=None, int value_bits=8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_attention", quantized_attention); }

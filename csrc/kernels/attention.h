@@ -4,10 +4,14 @@
 #pragma once
 #include <csrc/core/cpu_tier.h>
 #include <csrc/core/quant_math.h>
+#include <csrc/kernels/linear.h>
 
 namespace torchquant {
 
 constexpr int64_t kRowPad = 32;  // the leaf works on so many neighbours at once
+static_assert(kRowPad == kBlockInputs);
+// Steps of so many rows alternate, so that one row's sum is folded beside the next one's elements.
+constexpr int64_t kRowGroup = 4;
 
 enum class LevelKind : int32_t { none, counted, bucketed, uniform };
 
@@ -33,9 +37,24 @@ struct Levels {
   float of_nan;  // a row with a NaN has this everywhere
 };
 
-// Rows of one head, in place: q k^T becomes the levels of softmax(q k^T scale + mask).
+// Codes of probabilities as integer activations (see QuantizeRows), each row moved down as far as
+// its largest code must be to fit: the less, the smaller what a product adds and takes away again.
+struct ProbabilityRows {
+  int64_t groups;      // of 512 keys, as block_layout cuts them
+  int64_t group_size;  // a multiple of kRowPad, or all keys
+  int8_t* narrow;      // [rows, keys rounded up to kBlockInputs], or null
+  int16_t* wide;       // the same in 16 bits: inputs 0 2 1 3 of every four
+  int32_t* sums;       // [rows, groups]
+  float* scale;        // [rows]: `unit`, or NaN
+  float* zero;         // [rows]
+  float unit;
+};
+
+// Rows of one head: q k^T becomes the levels of softmax(q k^T scale + mask), in place or, of a
+// uniform grid, as codes.
 struct AttentionRows {
-  float* scores;  // [rows, keys]
+  float* scores;                 // [rows, keys]
+  const ProbabilityRows* codes;  // null: values take the place of the scores
   int64_t rows;
   int64_t keys;
   float scale;
@@ -44,9 +63,29 @@ struct AttentionRows {
   int64_t mask_stride;  // of the rows of either
   int64_t causal_keys;  // row r takes part with its first causal_keys + r; at least keys: with all
   Levels levels;
-  float* row;  // [keys rounded up to kRowPad], to work on
+  float* row;  // [kRowGroup, keys rounded up to kRowPad], to work on
+};
+
+// Rows of one head that lie row_stride apart, to codes of one grid. As the 8-bit weight of a
+// product (Note [weight tiles]) keys are outputs and values are inputs; a group ends with a block.
+struct QuantizeOperand {
+  const float* x;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  Grid grid;
+  float max_code;
+  BlockLayout layout;
+  uint8_t* packed;  // [outputs / 16, blocks, 8, 64]
+  int32_t* sums;    // [outputs rounded up to 16]: of an output's codes
+  float* values;    // of dequantize_operand: [rows, columns]
+  int32_t* work;    // 4 rows of columns rounded up to 32
+  bool* finite;     // set to false where x is not
 };
 
 TORCHQUANT_TIER_LEAF(attention_rows, AttentionRows)
+TORCHQUANT_TIER_LEAF(pack_keys, QuantizeOperand)
+TORCHQUANT_TIER_LEAF(pack_values, QuantizeOperand)
+TORCHQUANT_TIER_LEAF(dequantize_operand, QuantizeOperand)
 
 }  // namespace torchquant

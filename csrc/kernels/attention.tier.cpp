@@ -44,9 +44,8 @@ inline __attribute__((always_inline)) void exponential(float* __restrict__ x, fl
 }
 
 // scale * scores + mask, -inf for keys that take no part and behind the last one.
-void load_row(const AttentionRows& work, int64_t r) {
+void load_row(const AttentionRows& work, int64_t r, float* __restrict__ row) {
   const float* __restrict__ scores = work.scores + r * work.keys;
-  float* __restrict__ row = work.row;
   const float scale = work.scale;
   for (int64_t i = 0; i < work.keys; ++i) row[i] = scores[i] * scale;
   if (work.mask != nullptr) {
@@ -62,15 +61,32 @@ void load_row(const AttentionRows& work, int64_t r) {
     row[i] = -kInfinity;
 }
 
+// The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
+template <class Join>
+inline __attribute__((always_inline)) float fold(const float* lanes, const Join& join) {
+  Float8 x[kVectors];
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < kVectors; ++j) x[j] = TORCHQUANT_LOAD8(lanes + j * kFloat8);
+  join(x[0], x[2]);
+  join(x[1], x[3]);
+  join(x[0], x[1]);
+  join(x[0], __builtin_shufflevector(x[0], x[0], 4, 5, 6, 7, 4, 5, 6, 7));
+  join(x[0], __builtin_shufflevector(x[0], x[0], 2, 3, 2, 3, 2, 3, 2, 3));
+  join(x[0], __builtin_shufflevector(x[0], x[0], 1, 1, 1, 1, 1, 1, 1, 1));
+  return x[0][0];
+}
+
+float largest_of(const float* lanes) {
+  return fold(lanes, [](Float8& a, const Float8& b) { a = a > b ? a : b; });
+}
+
 float maximum(const float* row, int64_t count) {
   float most[kRowPad];
   for (int64_t j = 0; j < kRowPad; ++j) most[j] = -kInfinity;
   for (int64_t i = 0; i < count; i += kRowPad) {
     for (int64_t j = 0; j < kRowPad; ++j) most[j] = larger(row[i + j], most[j]);
   }
-  float result = -kInfinity;
-  for (int64_t j = 0; j < kRowPad; ++j) result = larger(most[j], result);
-  return result;
+  return largest_of(most);
 }
 
 // row = e^(row - shift); returns the sum.
@@ -81,10 +97,7 @@ float exponentials(float* row, int64_t count, float shift) {
     exponential(e, shift);
     for (int64_t j = 0; j < kRowPad; ++j) sums[j] += e[j];
   }
-  for (int64_t width = kRowPad / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) sums[j] += sums[j + width];
-  }
-  return sums[0];
+  return fold(sums, [](Float8& a, const Float8& b) { a = a + b; });
 }
 
 // --- levels of row / sum ---
@@ -139,6 +152,99 @@ void level_by_grid(const Levels& levels, float* row, int64_t count, float sum) {
     row[i] = to_value(to_code(row[i] / sum, scale, zero_point, max_code), scale, zero_point);
 }
 
+// What turns exponentials into codes. See Note [one product for two quotients].
+struct RowCodes {
+  Grid grid;
+  float max_code;
+  float sum;
+  int32_t shift;
+};
+
+// Place j of an integer in its block: see ProbabilityRows.
+inline int64_t place_of(const int8_t*, int64_t j) { return j; }
+inline int64_t place_of(const int16_t*, int64_t j) {
+  constexpr int64_t kWideOrder[4] = {0, 2, 1, 3};
+  return j / 4 * 4 + kWideOrder[j % 4];
+}
+
+// Note [one product for two quotients]: e * (1 / (sum * scale)) is within a few ulp of (e / sum) /
+// scale, so a code can differ only where the product lies that near to a tie. Rows in which that
+// happens are written again, by division.
+float safe_distance(const RowCodes& row) {
+  // Where p or its quotient could be subnormal the error is no matter of ulp.
+  if (!(row.grid.scale > 0x1p-60f && row.grid.scale < 0x1p60f)) return -1.0f;
+  return 0.5f - (256.0f + absolute(row.grid.zero_point)) * 0x1p-20f;
+}
+
+// Integers of keys [0, count) of a group; behind them zeros up to a whole block. The largest square
+// of a distance from a whole number goes to `farthest`.
+template <bool kDivide, class To>
+inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row,
+                                                          const float* __restrict__ e,
+                                                          int64_t count, float& farthest,
+                                                          To* __restrict__ to) {
+  const float sum = row.sum, scale = row.grid.scale, zero_point = row.grid.zero_point;
+  const float most = row.max_code;
+  const int32_t shift = row.shift;
+  const float factor = static_cast<float>(1.0 / (static_cast<double>(sum) * scale));
+  int32_t sums[kRowPad] = {};
+  float worst[kRowPad] = {};
+  for (int64_t i = 0; i < count; i += kRowPad) {
+    const int64_t left = count - i;
+    const int32_t end = left < kRowPad ? static_cast<int32_t>(left) : kRowPad;
+    int32_t a[kRowPad];
+    for (int32_t j = 0; j < kRowPad; ++j) {
+      float code;
+      if constexpr (kDivide) {
+        code = to_code(e[i + j] / sum, scale, zero_point, most);
+      } else {
+        float x = e[i + j] * factor + zero_point;
+        x = x > 0.0f ? x : 0.0f;
+        x = x < most ? x : most;
+        code = round_to_integer(x);
+        worst[j] = larger((x - code) * (x - code), worst[j]);
+      }
+      a[j] = j < end ? static_cast<int32_t>(code) - shift : 0;
+    }
+    for (int64_t j = 0; j < kRowPad; ++j) sums[j] += a[j];
+    for (int64_t j = 0; j < kRowPad; ++j) to[i + place_of(to, j)] = static_cast<To>(a[j]);
+  }
+  if constexpr (!kDivide) farthest = larger(largest_of(worst), farthest);
+  int32_t total = 0;
+  for (int64_t j = 0; j < kRowPad; ++j) total += sums[j];
+  return total;
+}
+
+// The largest square, as of write_group.
+template <bool kDivide, class To>
+float write_codes(const ProbabilityRows& out, const RowCodes& row, const float* e, int64_t keys,
+                  int32_t* sums, To* to) {
+  float farthest = 0;
+  for (int64_t g = 0; g < out.groups; ++g) {
+    const int64_t first = g * out.group_size;
+    const int64_t count = g + 1 < out.groups ? out.group_size : keys - first;
+    sums[g] = write_group<kDivide>(row, e + first, count, farthest, to + first);
+  }
+  return farthest;
+}
+
+template <class To>
+void code_row(const AttentionRows& work, int64_t r, const float* e, float sum, To* to) {
+  constexpr float kMost = 127.0f;
+  const ProbabilityRows& out = *work.codes;
+  RowCodes row{work.levels.grid, work.levels.max_code, sum, 0};
+  // The exponential 1 has the largest code.
+  const float largest = to_code(1.0f / sum, row.grid.scale, row.grid.zero_point, row.max_code);
+  row.shift = largest > kMost ? static_cast<int32_t>(largest - kMost) : 0;
+  out.scale[r] = sum == sum ? out.unit : work.levels.of_nan;
+  out.zero[r] = row.grid.zero_point - static_cast<float>(row.shift);
+  to += r * padded(work.keys);
+  int32_t* const sums = out.sums + r * out.groups;
+  const float safe = safe_distance(row);
+  if (!(safe > 0.0f && write_codes<false>(out, row, e, work.keys, sums, to) < safe * safe))
+    write_codes<true>(out, row, e, work.keys, sums, to);
+}
+
 void level_row(const Levels& levels, float* row, int64_t count, float sum) {
   switch (levels.kind) {
     case LevelKind::none:
@@ -152,23 +258,40 @@ void level_row(const Levels& levels, float* row, int64_t count, float sum) {
   }
 }
 
+// What becomes of exponentials and their sum.
+void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
+  if (work.codes != nullptr) {
+    return work.codes->wide != nullptr ? code_row(work, r, row, sum, work.codes->wide)
+                                       : code_row(work, r, row, sum, work.codes->narrow);
+  }
+  if (sum == sum) {
+    level_row(work.levels, row, padded(work.keys), sum);
+  } else {
+    for (int64_t i = 0; i < work.keys; ++i) row[i] = work.levels.of_nan;
+  }
+  __builtin_memcpy(work.scores + r * work.keys, row,
+                   static_cast<size_t>(work.keys) * sizeof(float));
+}
+
 }  // namespace
 
 void attention_rows(const AttentionRows& work) {
   const int64_t count = padded(work.keys);
-  for (int64_t r = 0; r < work.rows; ++r) {
-    load_row(work, r);
-    const float most = maximum(work.row, count);
-    // Without any key the shift would be infinite; so all are e^-inf = 0, and 0 / 1 in the end.
-    float sum = exponentials(work.row, count, most == -kInfinity ? 0.0f : most);
-    if (sum == 0.0f) sum = 1.0f;
-    if (sum == sum) {
-      level_row(work.levels, work.row, count, sum);
-    } else {
-      for (int64_t i = 0; i < count; ++i) work.row[i] = work.levels.of_nan;
+  for (int64_t first = 0; first < work.rows; first += kRowGroup) {
+    const int64_t left = work.rows - first, rows = left < kRowGroup ? left : kRowGroup;
+    float shifts[kRowGroup], sums[kRowGroup];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = work.row + r * count;
+      load_row(work, first + r, row);
+      const float most = maximum(row, count);
+      // Without any key the shift would be infinite; so all are e^-inf = 0, and 0 / 1 in the end.
+      shifts[r] = most == -kInfinity ? 0.0f : most;
     }
-    __builtin_memcpy(work.scores + r * work.keys, work.row,
-                     static_cast<size_t>(work.keys) * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) {
+      const float sum = exponentials(work.row + r * count, count, shifts[r]);
+      sums[r] = sum == 0.0f ? 1.0f : sum;
+    }
+    for (int64_t r = 0; r < rows; ++r) finish_row(work, first + r, work.row + r * count, sums[r]);
   }
 }
 

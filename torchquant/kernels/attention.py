@@ -18,6 +18,15 @@ def quantized_attention(
     softmax_bits: int = 8,
     scale: float | None = None,
     is_causal: bool = False,
+    query_scale: Tensor | None = None,
+    query_zero_point: Tensor | None = None,
+    query_bits: int = 8,
+    key_scale: Tensor | None = None,
+    key_zero_point: Tensor | None = None,
+    key_bits: int = 8,
+    value_scale: Tensor | None = None,
+    value_zero_point: Tensor | None = None,
+    value_bits: int = 8,
 ) -> Tensor:
     """``quantize(softmax(q k^T scale + mask)) v``, some rows at a time: no tensor of L x S elements.
 
@@ -34,13 +43,17 @@ def quantized_attention(
         softmax_scale, softmax_zero_point, softmax_bits: a uniform grid, float32 of one value each.
         scale: of the scores; default ``D**-0.5``.
         is_causal: row i takes part with keys 0..i; instead of a mask.
+        query_scale, query_zero_point, query_bits, key_...: uniform grids of q and k, float32 of one value each; both or
+            none.
+        value_scale, value_zero_point, value_bits: that of v.
 
     Returns:
         ``[..., L, Dv]`` in q's dtype. Probabilities are exact to a few ulp, and 0 where they are under 2**-124 of the
         row's largest. Where a score is NaN, its row gets NaN (with a table: code 0, as NaN in :func:`sulq_quantize`).
 
     Raises:
-        ValueError: shapes that do not fit, a mask with is_causal, falling thresholds, half a quantizer or two of them.
+        ValueError: shapes that do not fit, a mask with is_causal, falling thresholds, half a quantizer or two of them,
+            or a NaN or Inf in what has a grid.
         TypeError: wrong dtype. NotImplementedError: not on the CPU.
     """
     return torch.ops.torchquant.quantized_attention(
@@ -56,6 +69,15 @@ def quantized_attention(
         softmax_bits=softmax_bits,
         scale=scale,
         is_causal=is_causal,
+        query_scale=query_scale,
+        query_zero_point=query_zero_point,
+        query_bits=query_bits,
+        key_scale=key_scale,
+        key_zero_point=key_zero_point,
+        key_bits=key_bits,
+        value_scale=value_scale,
+        value_zero_point=value_zero_point,
+        value_bits=value_bits,
     )
 
 

@@ -4,7 +4,7 @@ Each class takes the place of a float attention module and computes the same fun
 see :mod:`torchquant.nn.rewrite`. All of them hold their products in ``product``, a :class:`QAttention`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,15 @@ class QAttention(nn.Module):
     """``softmax(query(q) key(k)^T scale + mask) value(v)``; the softmax's output passes through ``softmax``.
 
     ``query``, ``key``, ``value`` and ``softmax`` are nn.Identity until quantizers take their places. Where nobody needs
-    the weights, one operator computes everything behind ``query``, ``key`` and ``value``: see :meth:`fits`.
+    the weights, one operator computes everything behind ``query``, ``key`` and ``value``: see :meth:`fits`; and these
+    too, with integer products, where they are uniform: see :meth:`on_grids`.
     """
+
+    if TYPE_CHECKING:  # points hold what no common class describes
+        query: Any
+        key: Any
+        value: Any
+        softmax: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +53,12 @@ class QAttention(nn.Module):
         A boolean ``mask`` says who takes part. A row in which nobody does gives zeros. Without ``need_weights`` the
         second may be None.
         """
-        q, k = self.query(q), self.key(k)
         mask = None if is_causal else mask
+        if not need_weights and dropout == 0 and self.on_grids() and self.fits(q, k, v, mask):
+            return self.fused(q, k, v, mask, scale, is_causal, True), None
+        q, k = self.query(q), self.key(k)
         if not need_weights and dropout == 0 and self.fits(q, k, v, mask):
-            return self.fused(q, k, self.value(v), mask, scale, is_causal), None
+            return self.fused(q, k, self.value(v), mask, scale, is_causal, False), None
         factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
         scores = torch.matmul(q, k.transpose(-2, -1)) * factor
         if is_causal:
@@ -70,7 +79,7 @@ class QAttention(nn.Module):
         CPU, no gradient."""
         if not torch.jit.is_scripting():
             point = self.softmax
-            if type(point) not in FUSED or len(point._forward_hooks) + len(point._forward_pre_hooks) > 0:
+            if type(point) not in FUSED or hooked(point):
                 return False
         needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
         plain = q.is_cpu and q.dtype == torch.float32 and k.dtype == torch.float32 and v.dtype == torch.float32
@@ -83,23 +92,45 @@ class QAttention(nn.Module):
             return self.softmax.zero_point.numel() == 1  # type: ignore[operator]
         return hasattr(self.softmax, "thresholds")
 
+    def on_grids(self) -> bool:
+        """Whether q, k and v have one uniform grid each and nobody observes their quantizers."""
+        if not torch.jit.is_scripting():
+            for point in (self.query, self.key, self.value):
+                if type(point) is not UniformQuantizer or hooked(point):
+                    return False
+        if hasattr(self.query, "zero_point") and hasattr(self.key, "zero_point") and hasattr(self.value, "zero_point"):
+            return self.query.is_integer() and self.key.is_integer() and self.value.is_integer()
+        return False
+
     def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool, grids: bool
     ) -> Tensor:
-        """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``."""
+        """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``; with ``grids`` also with
+        those at ``query``, ``key`` and ``value``."""
+        none: Tensor | None = None
+        table, grid, bits = [none, none, none], [none, none], [8, 8, 8, 8]
+        query, key, value = [none, none], [none, none], [none, none]
         if hasattr(self.softmax, "thresholds"):
-            table = self.softmax
-            return torch.ops.torchquant.quantized_attention(
-                q, k, v, mask, thresholds=table.thresholds, exponents=table.exponents, eta=table.eta, scale=scale,
-                is_causal=is_causal,
-            )  # fmt: skip
+            table[0], table[1], table[2] = self.softmax.thresholds, self.softmax.exponents, self.softmax.eta
         if hasattr(self.softmax, "zero_point"):
-            grid = self.softmax
-            return torch.ops.torchquant.quantized_attention(
-                q, k, v, mask, softmax_scale=grid.scale, softmax_zero_point=grid.zero_point, softmax_bits=grid.bits,
-                scale=scale, is_causal=is_causal,
-            )  # fmt: skip
-        return torch.ops.torchquant.quantized_attention(q, k, v, mask, scale=scale, is_causal=is_causal)
+            grid[0], grid[1], bits[3] = self.softmax.scale, self.softmax.zero_point, self.softmax.bits
+        # TorchScript compiles a branch whose hasattr holds, and passes over the others.
+        if hasattr(self.query, "zero_point") and grids:
+            query[0], query[1], bits[0] = self.query.scale, self.query.zero_point, self.query.bits
+        if hasattr(self.key, "zero_point") and grids:
+            key[0], key[1], bits[1] = self.key.scale, self.key.zero_point, self.key.bits
+        if hasattr(self.value, "zero_point") and grids:
+            value[0], value[1], bits[2] = self.value.scale, self.value.zero_point, self.value.bits
+        return torch.ops.torchquant.quantized_attention(
+            q, k, v, mask, thresholds=table[0], exponents=table[1], eta=table[2], softmax_scale=grid[0],
+            softmax_zero_point=grid[1], softmax_bits=bits[3], scale=scale, is_causal=is_causal, query_scale=query[0],
+            query_zero_point=query[1], query_bits=bits[0], key_scale=key[0], key_zero_point=key[1], key_bits=bits[1],
+            value_scale=value[0], value_zero_point=value[1], value_bits=bits[2],
+        )  # fmt: skip
+
+
+def hooked(module: nn.Module) -> bool:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) > 0
 
 
 FUSED = (TableQuantizer, UniformQuantizer)

@@ -1,0 +1,89 @@
+// q, k and v on grids: their codes as the activations and the 8-bit weights of integer products.
+//
+// Products are taken in units of the grids, with every scale in the scale of a row: sums over up to
+// 512 columns are exact where zero points are integers, and one multiplication makes the value.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <csrc/kernels/attention.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace torchquant {
+
+struct OperandGrid {
+  Grid grid;
+  int64_t bits;
+};
+
+// As given for "query", "key" or "value"; checked.
+std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
+                                        const std::optional<at::Tensor>& scale,
+                                        const std::optional<at::Tensor>& zero_point, int64_t bits);
+
+// [..., R, C], broadcast to leading dimensions, as float32 rows of every head. They stay where they
+// lie if the elements of a row are neighbours.
+class HeadRows {
+ public:
+  HeadRows(const at::Tensor& x, at::IntArrayRef leading);
+  const float* row(int64_t head, int64_t r) const;
+  int64_t rows() const { return x_.size(-2); }
+  int64_t columns() const { return x_.size(-1); }
+  int64_t row_stride() const { return x_.stride(-2); }
+
+ private:
+  at::Tensor x_;
+};
+
+// Keys (outputs) or values (inputs) of every head as a weight. `finite` is set to false where x is
+// not.
+class PackedHeads {
+ public:
+  enum class Order { keys, values };
+  PackedHeads(const HeadRows& x, int64_t heads, const OperandGrid& grid, Order order,
+              std::atomic<bool>& finite);
+  PackedWeight view(int64_t head) const;
+  const BlockLayout& layout() const { return layout_; }
+  float scale() const { return scale_; }
+
+ private:
+  bool pack(const HeadRows& x, int64_t head, const OperandGrid& grid, Order order);
+
+  BlockLayout layout_;
+  int64_t outputs_;
+  int64_t stride_;
+  float scale_;
+  int32_t origin_;
+  at::Tensor packed_;           // uint8 [heads, outputs / 16, blocks, 8, 64]
+  std::vector<float> ones_;     // [groups, stride]
+  std::vector<float> offsets_;  // [groups, stride], or empty
+  at::Tensor sums_;             // float32 [heads, stride]
+};
+
+// float32 [heads, R, C]: the nearest values of the grid.
+at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid& grid,
+                             std::atomic<bool>& finite);
+
+// Integer activations of some rows of one head.
+class IntegerRows {
+ public:
+  IntegerRows(const BlockLayout& layout, int64_t rows);
+  // From what `one` says of codes or of x and its grid; value = (integer - zero) * scale.
+  void set(int64_t r, QuantizeRows one, float scale, float zero);
+  // To write to instead; `unit` times an integer moved by its row's zero is a value.
+  ProbabilityRows probabilities(float unit) const;
+  void multiply(const PackedWeight& weight, float* out) const;
+
+ private:
+  BlockLayout layout_;
+  int64_t rows_;
+  std::unique_ptr<int8_t[]> narrow_;
+  std::unique_ptr<int16_t[]> wide_;  // either of them
+  std::unique_ptr<int32_t[]> sums_;
+  std::unique_ptr<float[]> scale_;
+  std::unique_ptr<float[]> zero_;
+};
+
+}  // namespace torchquant
