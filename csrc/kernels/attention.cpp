@@ -23,7 +23,7 @@ constexpr const char* kOp = "quantized_attention";
 // Scores of a task, in floats: they stay in the second-level cache. Fewer rows cost BLAS products
 // more than they save; small heads share a task. Integer products want nothing of that kind.
 constexpr int64_t kMaxScores = 3 << 15, kMinRows = 64, kSharedScores = 1 << 15;
-constexpr int64_t kMaxIntegerScores = 1 << 13, kMinIntegerRows = 12;
+constexpr int64_t kMaxIntegerScores = 1 << 14, kMinIntegerRows = 12;
 constexpr int64_t kTileRows = 6;  // so many rows are one pass of the integer product
 
 // Of q, k and v, which the caller has not quantized where they are given.
