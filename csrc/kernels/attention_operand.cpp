@@ -4,20 +4,13 @@
 #include <csrc/core/check.h>
 #include <csrc/core/parallel.h>
 #include <csrc/kernels/attention_levels.h>
+#include <csrc/kernels/prepacked.h>
 
 #include <algorithm>
 #include <string>
 
 namespace torchquant {
 namespace {
-
-int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
-// Whether the kernels in use multiply 8-bit codes with 16-bit activations only.
-bool needs_wide() {
-  const bool dot_products = cpu_tier() == CpuTier::avx512 && cpu_has_vnni();
-  return cpu_tier() != CpuTier::scalar && !dot_products;
-}
 
 template <class T>
 std::unique_ptr<T[]> buffer(int64_t count) {
@@ -147,7 +140,7 @@ IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)
       scale_(buffer<float>(rows)),
       zero_(buffer<float>(rows)) {
   const int64_t count = rows * layout.blocks * kBlockInputs;
-  if (needs_wide()) {
+  if (bytes_need_wide()) {
     wide_ = buffer<int16_t>(count);
   } else {
     narrow_ = buffer<int8_t>(count);

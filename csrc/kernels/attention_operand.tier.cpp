@@ -1,24 +1,15 @@
 // Keys and values of one head on their grids: codes where the integer products read them, or
 // values.
 #include <csrc/kernels/attention.h>
+#include <csrc/kernels/integers.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
 constexpr int64_t kSteps = kBlockInputs / 4;
 
-int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
-// By comparing bits: NaN and Inf have the largest.
-void check_row(const QuantizeOperand& q, const float* __restrict__ x) {
-  using Bits = int32_t __attribute__((may_alias));
-  const auto* __restrict__ bits = reinterpret_cast<const Bits*>(x);
-  int32_t largest = 0;
-  for (int64_t i = 0; i < q.columns; ++i) {
-    const int32_t magnitude = bits[i] & 0x7fffffff;
-    largest = largest > magnitude ? largest : magnitude;
-  }
-  if (largest >= 0x7f800000) *q.finite = false;
+void check_row(const QuantizeOperand& q, const float* x) {
+  if (magnitude_bits(x, q.columns) > kFiniteBits) *q.finite = false;
 }
 
 // Codes of row r, and zeros up to `width`; rows behind the last are all zeros.

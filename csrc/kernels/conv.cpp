@@ -16,14 +16,6 @@ namespace {
 
 constexpr const char* kOp = "quantized_conv2d";
 
-Epilogue parse_epilogue(std::string_view name) {
-  if (name == "none") return Epilogue::none;
-  if (name == "gelu") return Epilogue::gelu;
-  TORCH_CHECK_VALUE(name == "silu", kOp, ": activation must be none, gelu or silu, got '", name,
-                    "'");
-  return Epilogue::silu;
-}
-
 Extent positive(const char* name, at::IntArrayRef values) {
   TORCH_CHECK_VALUE(values[0] > 0 && values[1] > 0, kOp, ": ", name, " must be positive, got ",
                     values);
@@ -113,7 +105,7 @@ at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const
   const auto format =
       input.channels_last() ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   ConvOutput output{own_bias.defined() ? own_bias.const_data_ptr<float>() : nullptr,
-                    parse_epilogue(activation),
+                    parse_epilogue(kOp, activation),
                     at::empty({s.batch, s.outputs, s.out.h, s.out.w},
                               at::TensorOptions(at::kFloat).memory_format(format))};
   if (depthwise) {

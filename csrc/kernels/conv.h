@@ -9,6 +9,7 @@
 // Note [gathered columns]: a weight's columns (c, ky, kx) are packed as (ky, kx, c) inside each
 // group of the quantizer, so that a row is a few runs of contiguous integers.
 #pragma once
+#include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear.h>
 
 namespace torchquant {
@@ -34,19 +35,7 @@ struct ConvShape {
   Extent out;
 };
 
-// How a sample's values become integers: a = round(x * factor), or with a given grid
-// to_code(x) - shift.
-struct SampleGrid {
-  float scale;  // 0: symmetric, by factor
-  float factor;
-  float zero_point;
-  float max_code;
-  int32_t shift;
-};
-
-// Largest magnitude of x, by its bits: beyond kFiniteBits where x holds a NaN or Inf.
-constexpr int32_t kFiniteBits = 0x7f7fffff;
-
+// magnitude_bits of x.
 struct LargestMagnitude {
   const float* x;
   int64_t count;
@@ -64,7 +53,7 @@ struct QuantizeImage {
   int64_t padded_width;
   int64_t first;
   int64_t last;
-  SampleGrid grid;
+  IntegerGrid grid;
   int8_t* narrow;  // [padded h, padded w, C], or null
   int16_t* wide;   // the same in 16 bits
   bool* finite;    // set to false where x is not
@@ -118,7 +107,7 @@ struct DepthwisePlane {
   const ConvShape* shape;
   const float* x;  // [H, W], or null: codes are given
   const uint8_t* codes;
-  SampleGrid grid;
+  IntegerGrid grid;
   int32_t fill;
   bool padded;  // plane and padding_pairs hold this sample's padding already
   float a_scale;

@@ -11,55 +11,18 @@ namespace {
 
 constexpr int64_t kMagnitudeElements = 1 << 16;  // of a task
 
-void check_given(const char* op, const at::Tensor& x, const ConvGrid& grid) {
-  check_bits(op, grid.bits);
-  const bool codes = x.scalar_type() == at::kByte;
-  const int64_t count = grid.scale->numel();
-  for (const auto& [name, tensor] :
-       {std::pair{"input_scale", &*grid.scale}, {"input_zero_point", &*grid.zero_point}}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, op, ": ", name, " must be float32, got ",
-                     tensor->scalar_type());
-    check_same_device(op, name, *tensor, x);
-    TORCH_CHECK_VALUE(tensor->numel() == count && (count == 1 || (codes && count == x.size(0))), op,
-                      ": ", name, " must be one number", codes ? " or one for each sample" : "",
-                      ", got ", tensor->sizes());
-  }
-}
-
-void check(const char* op, const at::Tensor& x, const ConvGrid& grid) {
-  const auto type = x.scalar_type();
-  const bool codes = type == at::kByte, given = grid.scale.has_value();
-  TORCH_CHECK_TYPE(codes || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
-                   ": x must be float32, float16, bfloat16 or uint8 codes, got ", type);
-  TORCH_CHECK_VALUE(given == grid.zero_point.has_value(), op,
-                    ": input_scale and input_zero_point must be given together");
-  TORCH_CHECK_VALUE(!codes || given, op, ": x of codes needs input_scale");
-  if (given) return check_given(op, x, grid);
-  TORCH_CHECK_VALUE(grid.bits == 8 || grid.bits == 16, op,
-                    ": input_bits must be 8 or 16 where the scale comes from x, got ", grid.bits);
-}
-
 // A channels-last tensor whose other layout is the same (one channel, one pixel) counts as
 // contiguous.
 bool is_channels_last(const at::Tensor& x) {
   return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
 }
 
-SampleGrid symmetric_grid(int32_t bits, float limit, float* scale) {
-  float largest;
-  std::memcpy(&largest, &bits, sizeof(largest));
-  // Under the smallest normal number 1 / scale would overflow: such a sample counts as zero.
-  const bool zero = !(largest >= std::numeric_limits<float>::min() * limit);
-  *scale = zero ? 0.0f : largest / limit;
-  return {0.0f, zero ? 0.0f : limit / largest, 0.0f, 0.0f, 0};
-}
-
 }  // namespace
 
-ConvInput::ConvInput(const char* op, const at::Tensor& x, const ConvGrid& grid,
+ConvInput::ConvInput(const char* op, const at::Tensor& x, const InputGrid& grid,
                      const ConvShape& shape)
     : op_(op), shape_(shape), channels_last_(is_channels_last(x)), has_zero_(grid.scale) {
-  check(op, x, grid);
+  check_input(op, x, grid, "sample", x.size(0));
   x_ = x.detach().to(x.scalar_type() == at::kByte ? at::kByte : at::kFloat);
   x_ =
       x_.contiguous(channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
@@ -69,7 +32,7 @@ ConvInput::ConvInput(const char* op, const at::Tensor& x, const ConvGrid& grid,
   has_zero_ ? take_given(grid) : take_from_samples(grid.bits);
 }
 
-void ConvInput::take_given(const ConvGrid& grid) {
+void ConvInput::take_given(const InputGrid& grid) {
   const at::Tensor scale = grid.scale->contiguous(), zero_point = grid.zero_point->contiguous();
   const bool one = scale.numel() == 1;
   const int32_t shift = 1 << (grid.bits - 1);
@@ -99,7 +62,11 @@ void ConvInput::take_from_samples(int64_t bits) {
     const auto first = largest.begin() + b * chunks;
     const int32_t magnitude = chunks == 0 ? 0 : *std::max_element(first, first + chunks);
     if (magnitude > kFiniteBits) raise_if_not_finite();
-    grids_[b] = symmetric_grid(magnitude, limit, &scale_[b]);
+    float value;
+    std::memcpy(&value, &magnitude, sizeof(value));
+    const SymmetricScale symmetric = symmetric_scale(value, limit);
+    scale_[b] = symmetric.scale;
+    grids_[b] = {0.0f, symmetric.factor, 0.0f, 0.0f, 0};
   }
 }
 

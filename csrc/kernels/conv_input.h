@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <csrc/kernels/conv_columns.h>
+#include <csrc/kernels/integer_input.h>
 #include <csrc/kernels/prepacked.h>
 
 #include <optional>
@@ -9,19 +10,13 @@
 
 namespace torchquant {
 
-struct ConvGrid {
-  std::optional<at::Tensor> scale;
-  std::optional<at::Tensor> zero_point;
-  int64_t bits;
-};
-
 // The input with its integers' grids: one for each sample.
 class ConvInput {
  public:
-  ConvInput(const char* op, const at::Tensor& x, const ConvGrid& grid, const ConvShape& shape);
+  ConvInput(const char* op, const at::Tensor& x, const InputGrid& grid, const ConvShape& shape);
 
   bool channels_last() const { return channels_last_; }
-  const SampleGrid& grid(int64_t sample) const { return grids_[sample]; }
+  const IntegerGrid& grid(int64_t sample) const { return grids_[sample]; }
   float scale(int64_t sample) const { return scale_[sample]; }
   float zero(int64_t sample) const { return zero_[sample]; }
   bool has_zero() const { return has_zero_; }
@@ -34,7 +29,7 @@ class ConvInput {
   void make_contiguous();  // not channels last
 
  private:
-  void take_given(const ConvGrid& grid);
+  void take_given(const InputGrid& grid);
   void take_from_samples(int64_t bits);
 
   const char* op_;
@@ -42,7 +37,7 @@ class ConvInput {
   at::Tensor x_;  // float32 or uint8
   bool channels_last_;
   bool has_zero_;
-  std::vector<SampleGrid> grids_;
+  std::vector<IntegerGrid> grids_;
   std::vector<float> scale_;
   std::vector<float> zero_;
 };

@@ -1,5 +1,4 @@
-// What the tier files of convolutions share: integers from values or codes, copies of runs, and
-// transposes of small blocks.
+// What the tier files of convolutions share: copies of runs, and transposes of small blocks.
 #pragma once
 #include <csrc/kernels/conv.h>
 
@@ -9,39 +8,6 @@
 
 namespace torchquant {
 namespace {
-
-// NaN and Inf come out largest.
-inline int32_t magnitude_bits(const float* __restrict__ x, int64_t count) {
-  using Bits = int32_t __attribute__((may_alias));
-  const auto* __restrict__ bits = reinterpret_cast<const Bits*>(x);
-  int32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t magnitude = bits[i] & 0x7fffffff;
-    largest = largest > magnitude ? largest : magnitude;
-  }
-  return largest;
-}
-
-template <class To>
-inline void integers_of(const SampleGrid& grid, const uint8_t* __restrict__ codes, int64_t count,
-                        To* __restrict__ a) {
-  for (int64_t i = 0; i < count; ++i) a[i] = static_cast<To>(codes[i] - grid.shift);
-}
-
-template <class To>
-inline void integers_of(const SampleGrid& grid, const float* __restrict__ x, int64_t count,
-                        To* __restrict__ a) {
-  if (grid.scale == 0.0f) {
-    for (int64_t i = 0; i < count; ++i)
-      a[i] = static_cast<To>(static_cast<int32_t>(round_to_integer(x[i] * grid.factor)));
-    return;
-  }
-  const float scale = grid.scale, zero_point = grid.zero_point, max_code = grid.max_code;
-  const int32_t shift = grid.shift;
-  for (int64_t i = 0; i < count; ++i)
-    a[i] =
-        static_cast<To>(static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift);
-}
 
 // Exactly `count` bytes, in pieces that overlap at the end.
 template <class Piece>

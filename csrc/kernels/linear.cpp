@@ -11,6 +11,7 @@
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
+#include <csrc/kernels/integer_input.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
@@ -28,14 +29,6 @@ constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
 constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
 constexpr int64_t kFewRows = 16;                // on CUDA: for more, an unpacked weight pays
 
-Epilogue parse_epilogue(std::string_view name) {
-  if (name == "none") return Epilogue::none;
-  if (name == "gelu") return Epilogue::gelu;
-  TORCH_CHECK_VALUE(name == "silu", kOp, ": activation must be none, gelu or silu, got '", name,
-                    "'");
-  return Epilogue::silu;
-}
-
 // The integer activations of all rows, and the tensors that own their memory.
 struct Activations {
   at::Tensor integers;  // int8 or int16 [rows, blocks * 32]
@@ -44,47 +37,10 @@ struct Activations {
   at::Tensor zero;      // float32 [rows], or undefined
 };
 
-struct InputGrid {
-  std::optional<at::Tensor> scale;
-  std::optional<at::Tensor> zero_point;
-  int64_t bits;
-
-  bool dynamic() const { return !scale.has_value(); }
-};
-
 void check_float(const at::Tensor& x, const char* name, const at::Tensor& tensor,
                  at::IntArrayRef shape) {
   check_same_device(kOp, name, tensor, x);
   check_shape(kOp, name, tensor, shape);
-}
-
-void check_input(const at::Tensor& x, int64_t columns, const InputGrid& grid) {
-  const auto type = x.scalar_type();
-  const bool codes = type == at::kByte;
-  TORCH_CHECK_TYPE(codes || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, kOp,
-                   ": x must be float32, float16, bfloat16 or uint8 codes, got ", type);
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == columns, kOp, ": x must be [..., ", columns,
-                    "], got ", x.sizes());
-  TORCH_CHECK_VALUE(grid.dynamic() == !grid.zero_point.has_value(), kOp,
-                    ": input_scale and input_zero_point must be given together");
-  TORCH_CHECK_VALUE(!codes || !grid.dynamic(), kOp, ": x of codes needs input_scale");
-  if (grid.dynamic()) {
-    TORCH_CHECK_VALUE(grid.bits == 8 || grid.bits == 16, kOp,
-                      ": input_bits must be 8 or 16 where the scale comes from x, got ", grid.bits);
-    return;
-  }
-  check_bits(kOp, grid.bits);
-  const int64_t rows = columns == 0 ? 0 : x.numel() / columns;
-  const int64_t count = grid.scale->numel();
-  for (const auto& [name, tensor] :
-       {std::pair{"input_scale", &*grid.scale}, {"input_zero_point", &*grid.zero_point}}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
-                     tensor->scalar_type());
-    check_same_device(kOp, name, *tensor, x);
-    TORCH_CHECK_VALUE(tensor->numel() == count && (count == 1 || (codes && count == rows)), kOp,
-                      ": ", name, " must be one number", codes ? " or one for each row" : "",
-                      ", got ", tensor->sizes());
-  }
 }
 
 // On the CPU in chunks, where NaN and Inf are errors.
@@ -284,7 +240,9 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const std::optional<at::Tensor>& residual) {
   check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits};
-  check_input(x, in_features, input);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
+                    in_features, "], got ", x.sizes());
+  check_input(kOp, x, input, "row", in_features == 0 ? 0 : x.numel() / in_features);
   check_same_device(kOp, "packed", packed, x);
   const Prepacked weight(kOp, {packed, grid, levels, bits, in_features, out_features, group_size});
   const c10::DeviceGuard guard(x.device());
@@ -292,7 +250,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   shape.back() = out_features;
   if (bias.has_value()) check_float(x, "bias", *bias, {out_features});
   if (residual.has_value()) check_float(x, "residual", *residual, shape);
-  const Epilogue epilogue = parse_epilogue(activation);
+  const Epilogue epilogue = parse_epilogue(kOp, activation);
   const bool codes = x.scalar_type() == at::kByte;
   const at::Tensor rows = as_rows(x, in_features, codes);
   const int64_t count = rows.size(0);

@@ -27,6 +27,10 @@ constexpr int64_t kBlockInputs = 32;
 constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kPanelOutputs = 64;  // outputs of per-output numbers are padded to this
 
+TORCHQUANT_HOST_DEVICE int64_t padded(int64_t count, int64_t to) {
+  return (count + to - 1) / to * to;
+}
+
 // How columns lie in blocks. Groups are cut so short that sums of 16-bit activations fit in int32:
 // 2^(bits - 1) * 2^15 * columns <= 2^31, where levels of a table have eight bits.
 struct BlockLayout {

@@ -19,8 +19,6 @@ at::Tensor aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : whole.clone();
 }
 
-int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
 // Byte i of V[step] goes into the block's lines.
 void store_code(uint8_t* lines, int64_t bits, int64_t step, int64_t i, uint8_t code) {
   const auto put = [&](int64_t line, int64_t shift, int value) {
@@ -240,11 +238,15 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
            levels.has_value() && levels->dim() == 2 ? 16 : 0};
 }
 
+bool bytes_need_wide() {
+  const bool dot_products = cpu_tier() == CpuTier::avx512 && cpu_has_vnni();
+  return cpu_tier() != CpuTier::scalar && !dot_products;
+}
+
 bool Prepacked::needs_wide() const {
   if (tensors_.packed.is_cuda()) return false;
-  const bool dot_products = cpu_tier() == CpuTier::avx512 && cpu_has_vnni();
-  const bool fits = view_.levels == nullptr && view_.layout.bits < 8;
-  return cpu_tier() != CpuTier::scalar && !dot_products && !fits;
+  const bool bytes = view_.levels != nullptr || view_.layout.bits == 8;
+  return bytes && bytes_need_wide();
 }
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {

@@ -17,6 +17,9 @@ struct PrepackedTensors {
   int64_t group_size;
 };
 
+// Whether the kernels in use multiply 8-bit codes and levels with 16-bit activations only.
+bool bytes_need_wide();
+
 class Prepacked {
  public:
   Prepacked(const char* op, PrepackedTensors tensors);

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear_prepack, pack_codes, unpack_codes
+from ..kernels import pack_codes, unpack_codes
 
 
 class QuantizedLayer(nn.Module):
@@ -67,11 +67,11 @@ class QuantizedLayer(nn.Module):
         """Derive what the packed kernel reads, where this layer has one that fits its device."""
 
     @torch.jit.ignore
-    def prepacked_matrix(self) -> tuple[Tensor, Tensor]:
+    def codes_and_zero_point(self) -> tuple[Tensor, Tensor | None]:
+        """The weight's codes ``[N, K]``; no zero point where it is in the middle, which costs kernels nothing."""
         codes = unpack_codes(self.weight_packed, bits=self.bits, columns=self.columns)
         symmetric = bool((self.weight_zero_point == 2 ** (self.bits - 1)).all())
-        zero_point = None if symmetric else self.weight_zero_point
-        return linear_prepack(codes, self.weight_scale, zero_point, bits=self.bits, group_size=self.group_size)[:2]
+        return codes, None if symmetric else self.weight_zero_point
 
     def kernel_runs(self, x: Tensor) -> bool:
         """Whether the packed kernel can take ``x``: it is there, knows the dtype, and nobody wants a gradient."""

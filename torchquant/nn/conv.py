@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import conv_prepack, unpack_codes
+from ..kernels import conv_prepack
 from .base import QuantizedLayer
 from .layout import ConvGeometry, geometry, transposed_from_matrix
 
@@ -108,14 +108,13 @@ class QConv2d(_QConv):
 
     @torch.jit.ignore
     def prepack(self) -> None:
-        if self.weight_packed.device.type != "cpu":
+        if not self.kernel_fits(self.weight_packed.device):
             return
-        codes = unpack_codes(self.weight_packed, bits=self.bits, columns=self.columns)
-        symmetric = bool((self.weight_zero_point == 2 ** (self.bits - 1)).all())
+        codes, zero_point = self.codes_and_zero_point()
         self.kernel_weight, self.kernel_grid, _ = conv_prepack(
             codes,
             self.weight_scale,
-            None if symmetric else self.weight_zero_point,
+            zero_point,
             bits=self.bits,
             kernel_size=self.kernel_size,
             groups=self.groups,

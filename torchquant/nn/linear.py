@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _C
+from ..kernels import linear_prepack
 from .base import QuantizedLayer
 from .layout import is_hf_conv1d
 
@@ -47,7 +48,10 @@ class QLinear(QuantizedLayer):
     @torch.jit.ignore
     def prepack(self) -> None:
         if self.kernel_fits(self.weight_packed.device):
-            self.kernel_weight, self.kernel_grid = self.prepacked_matrix()
+            codes, zero_point = self.codes_and_zero_point()
+            self.kernel_weight, self.kernel_grid, _ = linear_prepack(
+                codes, self.weight_scale, zero_point, bits=self.bits, group_size=self.group_size
+            )
 
     def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
         return torch.ops.torchquant.quantized_linear(
