@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .base import gradient_wanted
 from .quantizers import TableQuantizer, UniformQuantizer
 
 POINTS = ("query", "key", "value", "softmax")
@@ -81,12 +82,12 @@ class QAttention(nn.Module):
             point = self.softmax
             if type(point) not in FUSED or hooked(point):
                 return False
-        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_grad = gradient_wanted(q) or gradient_wanted(k) or gradient_wanted(v)
         plain = q.is_cpu and q.dtype == torch.float32 and k.dtype == torch.float32 and v.dtype == torch.float32
         if mask is not None:
-            needs_grad = needs_grad or mask.requires_grad
+            needs_grad = needs_grad or gradient_wanted(mask)
             plain = plain and (mask.dtype == torch.bool or mask.dtype == torch.float32)
-        if not plain or (needs_grad and torch.is_grad_enabled()):
+        if not plain or needs_grad:
             return False
         if hasattr(self.softmax, "zero_point"):
             return self.softmax.zero_point.numel() == 1  # type: ignore[operator]

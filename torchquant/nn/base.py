@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from ..kernels import pack_codes, unpack_codes
 
 
+def gradient_wanted(x: Tensor) -> bool:
+    """Whether somebody may ask for the gradient of ``x``. Not of an exported graph: it is for inference, though the
+    float parameters ahead of ``x`` ask for gradients while it is traced."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+        if torch.compiler.is_exporting():
+            return False
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 class QuantizedLayer(nn.Module):
     """Buffers only, named as compressed-tensors names them.
 
@@ -75,7 +84,7 @@ class QuantizedLayer(nn.Module):
 
     def kernel_runs(self, x: Tensor) -> bool:
         """Whether the packed kernel can take ``x``: it is there, knows the dtype, and nobody wants a gradient."""
-        if self.kernel_weight.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        if self.kernel_weight.numel() == 0 or gradient_wanted(x):
             return False
         return x.dtype == torch.float32 or x.dtype == torch.float16 or x.dtype == torch.bfloat16
 
