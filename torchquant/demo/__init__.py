@@ -29,7 +29,7 @@ def efficientnet_cases(quick: bool) -> Iterator[Case]:
 def llama_cases(quick: bool) -> Iterator[Case]:
     from . import byte_llama
 
-    yield byte_llama.load(steps=10 if quick else byte_llama.STEPS)
+    yield byte_llama.load(steps=40 if quick else byte_llama.STEPS)
 
 
 NETWORKS = {"digits": digits_cases, "efficientnet": efficientnet_cases, "llama": llama_cases}
