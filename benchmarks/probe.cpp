@@ -16,6 +16,7 @@
       "xmm11", "xmm14", "xmm15", "memory"
 
 #define DOT_ZMM(i) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #i "\n"
+#define DOT_YMM(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
 #define FMA_ZMM(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
 #define ADD_ZMM(i, t) \
@@ -36,6 +37,7 @@
   }
 
 STREAM(vpdpbusd_zmm, "zmm", EACH_OF_12(DOT_ZMM))
+STREAM(vpdpbusd_ymm, "ymm", EACH_OF_12(DOT_YMM))
 STREAM(vpmaddubsw_zmm, "zmm", EACH_OF_6(ADD_ZMM))
 STREAM(vpmaddubsw_ymm, "ymm", EACH_OF_6(ADD_YMM))
 STREAM(fma_zmm, "zmm", EACH_OF_12(FMA_ZMM))
@@ -45,10 +47,25 @@ extern "C" void nop(int64_t count) {
   for (; count > 0; --count) asm volatile(".rept 48\nnop\n.endr");
 }
 
-extern "C" int has_vnni() { return __builtin_cpu_supports("avx512vnni") != 0; }
-
-#else
-extern "C" int has_vnni() { return 0; }
+// Four tiles of sums. The process has asked for tiles when torchquant was loaded.
+extern "C" void tdpbusd(int64_t count) {
+  struct alignas(64) {
+    uint8_t palette = 1, rest[15] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile(
+      "ldtilecfg (%0)\n"
+      "tilezero %%tmm0\ntilezero %%tmm1\ntilezero %%tmm2\ntilezero %%tmm3\n"
+      "tilezero %%tmm4\ntilezero %%tmm5\n" ::"r"(&shapes)
+      : "memory");
+  for (; count > 0; --count) {
+    asm volatile(
+        "tdpbusd %tmm4, %tmm5, %tmm0\ntdpbusd %tmm4, %tmm5, %tmm1\n"
+        "tdpbusd %tmm4, %tmm5, %tmm2\ntdpbusd %tmm4, %tmm5, %tmm3\n");
+  }
+  asm volatile("tilerelease");
+}
 #endif
 
 // Sums of whole cache lines; `bytes` is a multiple of 64.

@@ -21,12 +21,22 @@ COUNT = 20000  # turns of a loop: about 50 us
 
 # Operations (a multiply and an add are two) of a turn of each loop.
 LOOPS = {
+    "tdpbusd": 4 * 2 * 16 * 16 * 64,
     "vpdpbusd_zmm": 12 * 128,
+    "vpdpbusd_ymm": 12 * 64,
     "vpmaddubsw_zmm": 6 * 128,
     "vpmaddubsw_ymm": 6 * 64,
     "fma_zmm": 12 * 32,
     "fma_ymm": 12 * 16,
     "nop": 48,
+}
+# The fastest product of bytes that each tier can issue.
+INTEGER_LOOPS = {
+    "avx2": "vpmaddubsw_ymm",
+    "avx2_vnni": "vpdpbusd_ymm",
+    "avx512": "vpmaddubsw_zmm",
+    "avx512_vnni": "vpdpbusd_zmm",
+    "avx512_amx": "tdpbusd",
 }
 
 
@@ -44,7 +54,7 @@ class Probe:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
     """The compiled probes, or why there are none."""
-    if not _C.cpu_tier().startswith("avx"):
+    if _C.cpu_tier() not in INTEGER_LOOPS:
         return f"no probe for the tier {_C.cpu_tier()}"
     LIBRARY.parent.mkdir(exist_ok=True)
     command = [os.environ.get("CXX", "c++"), *FLAGS, str(SOURCE), "-o", str(LIBRARY)]
@@ -61,20 +71,13 @@ def library() -> ctypes.CDLL | str:
     return loaded
 
 
-def integer_loop(loaded: ctypes.CDLL) -> str:
-    """The fastest product of bytes that the tier in use can issue on this CPU."""
-    if _C.cpu_tier().startswith("avx512"):
-        return "vpdpbusd_zmm" if loaded.has_vnni() else "vpmaddubsw_zmm"
-    return "vpmaddubsw_ymm"
-
-
 def loop(loaded: ctypes.CDLL, name: str, unit: str) -> Probe:
     return Probe(name, lambda: getattr(loaded, name)(COUNT), float(COUNT * LOOPS[name]), unit)
 
 
 def integer_peak() -> Probe | None:
     loaded = library()
-    return None if isinstance(loaded, str) else loop(loaded, integer_loop(loaded), "GOP/s")
+    return None if isinstance(loaded, str) else loop(loaded, INTEGER_LOOPS[_C.cpu_tier()], "GOP/s")
 
 
 def float_peak() -> Probe | None:

@@ -1,16 +1,17 @@
-// Which instruction set runs. Every csrc/**/*.tier.cpp is compiled once per tier; the choice is
-// made once, at run time.
+// Which instruction set runs. Every csrc/**/*.tier.cpp is compiled for scalar, avx2 and avx512; the
+// other tiers run that code and, in the packed kernels, instructions of their own beside it. The
+// choice is made once, at run time.
 #pragma once
 #include <string>
 #include <vector>
 
 namespace torchquant {
 
-enum class CpuTier { scalar, avx2, avx512 };
+// vnni: sums of four products of bytes (vpdpbusd), amx: the same by tiles.
+enum class CpuTier { scalar, avx2, avx2_vnni, avx512, avx512_vnni, avx512_amx };
 
 CpuTier cpu_tier();                    // the best tier this CPU runs, or TORCHQUANT_CPU_ISA
 std::vector<std::string> cpu_tiers();  // every tier this build and this CPU have, slowest first
-bool cpu_has_vnni();                   // 8-bit dot products beside the avx512 tier
 std::string cpu_tier_name();           // of the tier in use
 void set_cpu_tier(const std::string& name);  // tests and benchmarks; throws std::invalid_argument
                                              // for an unknown or absent tier
@@ -35,8 +36,11 @@ void set_cpu_tier(const std::string& name);  // tests and benchmarks; throws std
   inline void name(const Argument& argument) {                \
     switch (cpu_tier()) {                                     \
       case CpuTier::avx512:                                   \
+      case CpuTier::avx512_vnni:                              \
+      case CpuTier::avx512_amx:                               \
         return avx512::name(argument);                        \
       case CpuTier::avx2:                                     \
+      case CpuTier::avx2_vnni:                                \
         return avx2::name(argument);                          \
       case CpuTier::scalar:                                   \
         return scalar::name(argument);                        \

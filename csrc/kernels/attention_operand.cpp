@@ -176,7 +176,7 @@ void IntegerRows::multiply(const PackedWeight& weight, float* out) const {
   product.sums = sums_.get();
   product.a_scale = scale_.get();
   product.a_zero = shifted ? zero_.get() : nullptr;
-  product.vnni = cpu_has_vnni();
+  product.tier = cpu_tier();
   product.out = out;
   packed_product(product);
 }

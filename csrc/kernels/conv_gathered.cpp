@@ -203,7 +203,7 @@ class GatheredConv {
     p.narrow = g.narrow;
     p.wide = g.wide;
     p.sums = g.sums;
-    p.vnni = cpu_has_vnni();
+    p.tier = cpu_tier();
     return p;
   }
 

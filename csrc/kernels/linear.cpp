@@ -138,16 +138,17 @@ PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
 // Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
 void multiply(const PackedProduct& all) {
   const int64_t depth = all.weight.layout.blocks * kBlockInputs;
-  constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs, kRows = 192;
+  constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs, kMostRows = 256;
   const int64_t panels = (all.last_tile + kPanelTiles - 1) / kPanelTiles;
-  const int64_t chunks = (all.rows + kRows - 1) / kRows;
-  const int64_t products = std::min(all.rows, kRows) * depth * kPanelOutputs;
+  const int64_t chunks = (all.rows + kMostRows - 1) / kMostRows;
+  const int64_t rows = (all.rows + chunks - 1) / chunks;
+  const int64_t products = rows * depth * kPanelOutputs;
   const int64_t grain = std::max<int64_t>(kTaskProducts / std::max<int64_t>(products, 1), 1);
   at::parallel_for(0, panels * chunks, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t chunk = begin / panels, panel = begin % panels;
-      const int64_t last = std::min(panels, panel + end - begin), row = chunk * kRows;
-      PackedProduct part = rows_of(all, row, std::min(kRows, all.rows - row));
+      const int64_t last = std::min(panels, panel + end - begin), row = chunk * rows;
+      PackedProduct part = rows_of(all, row, std::min(rows, all.rows - row));
       part.first_tile = panel * kPanelTiles;
       part.last_tile = std::min(last * kPanelTiles, all.last_tile);
       packed_product(part);
@@ -281,7 +282,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
     product.residual = own_residual.const_data_ptr<float>();
   }
   product.epilogue = epilogue;
-  product.vnni = cpu_has_vnni();
+  product.tier = cpu_tier();
   product.out = out.mutable_data_ptr<float>();
   if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, a.integers) : multiply(product);
   return codes ? out.view(shape) : out.view(shape).to(x.scalar_type());

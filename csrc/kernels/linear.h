@@ -78,6 +78,7 @@ struct PackedWeight {
   const float* sum;       // [stride]: of the row's values
   const int8_t* levels;   // [16], or [outputs padded to 16, 16] with level_stride 16, or null
   int64_t level_stride;
+  int64_t packed_tile = 0;  // where `packed` begins
 
   // Whether u minus 128 is what fits in a byte with sign; elsewhere u itself does.
   TORCHQUANT_HOST_DEVICE bool needs_signs() const { return levels != nullptr || layout.bits == 8; }
@@ -99,8 +100,8 @@ struct PackedProduct {
   const float* bias;      // [outputs], or null
   const float* residual;  // [rows, outputs], or null
   Epilogue epilogue;
-  bool vnni;   // the CPU has vpdpbusd and vpdpwssd for the tier
-  float* out;  // [rows, outputs]
+  CpuTier tier;  // for instructions beside the tier's code
+  float* out;    // [rows, outputs]
 
   // For CUDA: the sums over u * a of each of the `segments` parts that a group is cut into.
   int64_t segments;

@@ -1,6 +1,7 @@
 #include <csrc/kernels/linear_tile.h>
 
 #if defined(__AVX512BW__)
+#include <csrc/kernels/linear_amx.h>
 #include <csrc/kernels/linear_vnni.h>
 #elif defined(__AVX2__)
 #include <csrc/kernels/linear_avx2.h>
@@ -53,7 +54,9 @@ void run_scalar(const PackedProduct& p) {
 
 void packed_product(const PackedProduct& p) {
 #if defined(__AVX512BW__)
-  p.vnni ? run_vnni(p) : avx2::packed_product(p);
+  if (p.tier == CpuTier::avx512) return avx2::packed_product(p);
+  const bool tiles = p.tier == CpuTier::avx512_amx && p.rows >= kAmxRows;
+  if (!tiles || !run_amx(p)) run_vnni(p);
 #elif defined(__AVX2__)
   run_avx2(p);
 #else

@@ -1,10 +1,12 @@
-// The kernel for 32-byte vectors. A tile's codes are unpacked into a panel in L1, which all rows
-// then use; up to four rows at once take them from their lines directly.
+// The kernels for 32-byte vectors, with and without vpdpbusd. A tile's codes are unpacked into a
+// panel in L1, which all rows then use; up to four rows at once take them from their lines
+// directly.
 //
 // Note [int16 windows]: vpmaddubsw adds two products u * a to an int16, and further pairs are added
 // in int16 (vpaddw) before vpmaddwd widens them. A window of w steps fits when
 // 2 w * 128 * max(u) < 2^15: 8 steps of four bits, 16 of three, 40 of two. Larger u (eight bits,
-// tables) and 16-bit activations go through vpmaddwd alone, in int32.
+// tables) and 16-bit activations go through vpmaddwd alone, in int32. vpdpbusd and vpdpwssd add
+// four and two products to an int32: no windows, and no u that is too large.
 #pragma once
 #include <csrc/kernels/linear_tile.h>
 #include <immintrin.h>
@@ -24,16 +26,30 @@ inline __attribute__((always_inline)) __m256i broadcast4(const int8_t* a) {
 }
 
 // Written out, product and sum together: g++ 12 hoists the products of intrinsics and spills them.
+// To int16 sums, or with kVnni to int32.
+template <bool kVnni>
 inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u, __m256i a) {
-  __m256i products;
-  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
+  if constexpr (kVnni) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(a));
+  } else {
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
+  }
 }
-// With its broadcast, which otherwise would be kept for the other half of the outputs, in memory.
+// To int32 sums. With its broadcast, which otherwise would be kept for the other half of the
+// outputs, in memory.
+template <bool kVnni>
 inline __attribute__((always_inline)) void add_pairs(__m256i& sum, __m256i u, const int8_t* a) {
   __m256i products;
-  asm("vpbroadcastd %3, %1\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sum), "=&x"(products)
-      : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
+  if constexpr (kVnni) {
+    asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpwssd %1, %2, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
+  } else {
+    asm("vpbroadcastd %3, %1\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
+  }
 }
 
 inline __attribute__((always_inline)) __m256i load(const void* from) {
@@ -141,7 +157,7 @@ struct PackedSteps {
 };
 
 // sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
-template <int R, class Source>
+template <int R, bool kVnni, class Source>
 __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, int64_t window,
                                           const int8_t* a, int64_t stride, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -159,21 +175,23 @@ __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, 
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const __m256i four = broadcast4(x + r * stride + 4 * step);
-          add_products(d[r][0], u0, four);
-          add_products(d[r][1], u1, four);
+          add_products<kVnni>(d[r][0], u0, four);
+          add_products<kVnni>(d[r][1], u1, four);
         }
       }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      add_to(sums + r * kTileOutputs, _mm256_madd_epi16(d[r][0], ones));
-      add_to(sums + r * kTileOutputs + 8, _mm256_madd_epi16(d[r][1], ones));
+      const __m256i first_half = kVnni ? d[r][0] : _mm256_madd_epi16(d[r][0], ones);
+      const __m256i second_half = kVnni ? d[r][1] : _mm256_madd_epi16(d[r][1], ones);
+      add_to(sums + r * kTileOutputs, first_half);
+      add_to(sums + r * kTileOutputs + 8, second_half);
     }
   }
 }
 
 // The same for 16-bit activations (inputs 0 2 1 3 of every four).
-template <int R, class Source>
+template <int R, bool kVnni, class Source>
 __attribute__((noinline)) void add_wide(const Source& source, int64_t blocks, const int8_t* a,
                                         int64_t stride, int32_t* sums) {
   const __m256i low = _mm256_set1_epi16(0xff);
@@ -192,8 +210,8 @@ __attribute__((noinline)) void add_wide(const Source& source, int64_t blocks, co
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const int8_t* const four = x + r * stride + 8 * step;
-          add_pairs(d[r][h], even, four);
-          add_pairs(d[r][h], odd, four + 4);
+          add_pairs<kVnni>(d[r][h], even, four);
+          add_pairs<kVnni>(d[r][h], odd, four + 4);
         }
       }
     }
@@ -216,15 +234,21 @@ struct Run {
   int32_t* sums;  // [rows, 16]
 
   template <int R, class Source>
-  inline __attribute__((always_inline)) void take(const Source& source, int64_t& row) const {
+  void take(const Source& source, int64_t& row) const {
+    p.tier == CpuTier::avx2_vnni ? take_with<R, true>(source, row)
+                                 : take_with<R, false>(source, row);
+  }
+
+  template <int R, bool kVnni, class Source>
+  inline __attribute__((always_inline)) void take_with(const Source& source, int64_t& row) const {
     const int64_t size = p.wide != nullptr ? 2 : 1;
     const int64_t stride = p.weight.layout.blocks * kBlockInputs * size;
     const auto* const all = p.wide != nullptr ? reinterpret_cast<const int8_t*>(p.wide) : p.narrow;
     for (; row + R <= rows; row += R) {
       const int8_t* const a = all + (first_row + row) * stride + block * kBlockInputs * size;
       int32_t* const target = sums + row * kTileOutputs;
-      p.wide != nullptr ? add_wide<R>(source, blocks, a, stride, target)
-                        : add_narrow<R>(source, blocks, window, a, stride, target);
+      p.wide != nullptr ? add_wide<R, kVnni>(source, blocks, a, stride, target)
+                        : add_narrow<R, kVnni>(source, blocks, window, a, stride, target);
     }
   }
 
@@ -263,7 +287,10 @@ void sum_group(const PackedProduct& p, const LevelTables* levels, int64_t tile, 
                int64_t first_row, int64_t rows, int32_t* sums) {
   const BlockLayout& layout = p.weight.layout;
   const int64_t block = g * layout.group_blocks, blocks = layout.blocks_of_group(g);
-  const int64_t window = layout.bits == 2 ? 4 : layout.bits == 3 ? 2 : 1;
+  const int64_t window = p.tier == CpuTier::avx2_vnni ? kSegmentBlocks
+                         : layout.bits == 2           ? 4
+                         : layout.bits == 3           ? 2
+                                                      : 1;
   start_sums(p, g, first_row, rows, sums);
   if (rows <= 4 && layout.bits < 8 && levels == nullptr) {
     const Run run{p, first_row, rows, block, blocks, window, sums, tile};
@@ -295,8 +322,10 @@ void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int6
 }
 
 void run_avx2(const PackedProduct& p) {
-  for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
-    const int64_t rows = p.rows - row < kRowsAtOnce ? p.rows - row : kRowsAtOnce;
+  const int64_t chunks = (p.rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t most = chunks == 0 ? 1 : (p.rows + chunks - 1) / chunks;
+  for (int64_t row = 0; row < p.rows; row += most) {
+    const int64_t rows = p.rows - row < most ? p.rows - row : most;
     for (int64_t tile = p.first_tile; tile < p.last_tile; ++tile) run_avx2_tile(p, tile, row, rows);
   }
 }

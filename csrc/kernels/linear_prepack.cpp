@@ -238,10 +238,7 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
            levels.has_value() && levels->dim() == 2 ? 16 : 0};
 }
 
-bool bytes_need_wide() {
-  const bool dot_products = cpu_tier() == CpuTier::avx512 && cpu_has_vnni();
-  return cpu_tier() != CpuTier::scalar && !dot_products;
-}
+bool bytes_need_wide() { return cpu_tier() == CpuTier::avx2 || cpu_tier() == CpuTier::avx512; }
 
 bool Prepacked::needs_wide() const {
   if (tensors_.packed.is_cuda()) return false;

@@ -1,14 +1,8 @@
 // The kernel for 64-byte vectors with vpdpbusd and vpdpwssd: R rows x T tiles of 16 outputs in
-// registers over all inputs, codes unpacked on the way (the shifts run beside the products).
+// registers over all inputs. For few rows codes are unpacked on the way, for many once, to a panel.
 #pragma once
-#include <csrc/kernels/linear_tile.h>
-
-// g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include <csrc/kernels/linear_zmm.h>
+#include <stdlib.h>
 
 namespace torchquant {
 namespace {
@@ -27,70 +21,6 @@ inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i u,
 inline __attribute__((always_inline)) void add_pairs(__m512i& sum, __m512i u, __m512i a) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(a));
 }
-
-inline __attribute__((always_inline)) __m512i masked(__m512i codes, int mask) {
-  return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
-}
-
-// Each format has V[step] of a block from its lines.
-template <int kBits>
-struct UniformCodes {
-  UniformCodes() = default;
-  UniformCodes(const PackedWeight&, int64_t) {}
-
-  inline __attribute__((always_inline)) __m512i at(int step, const uint8_t* lines) const {
-    constexpr int kLow = kBits == 3 ? 2 : kBits, kPerLine = 8 / kLow;
-    const __m512i codes = _mm512_loadu_si512(lines + step / kPerLine * kLine);
-    if constexpr (kBits == 8) return codes;
-    const int shift = step % kPerLine * kLow;
-    __m512i u = masked(shift == 0 ? codes : _mm512_srli_epi16(codes, shift), (1 << kLow) - 1);
-    if constexpr (kBits == 3) {
-      const __m512i high = _mm512_loadu_si512(lines + 2 * kLine);
-      const __m512i moved =
-          step < 2 ? _mm512_slli_epi16(high, 2 - step) : _mm512_srli_epi16(high, step - 2);
-      u = _mm512_or_si512(u, masked(moved, 4));
-    }
-    return u;
-  }
-};
-
-// Four-bit codes that index one table of levels.
-struct SharedLevels {
-  SharedLevels(const PackedWeight& weight, int64_t)
-      : table(_mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(
-                                   reinterpret_cast<const __m128i*>(weight.levels))),
-                               _mm512_set1_epi8(-128))) {}
-
-  inline __attribute__((always_inline)) __m512i at(int step, const uint8_t* lines) const {
-    return _mm512_shuffle_epi8(table, UniformCodes<4>().at(step, lines));
-  }
-
-  __m512i table;
-};
-
-// The same with a table for each output: lane l of tables[q] is that of output 4 l + q.
-struct RowLevels {
-  RowLevels(const PackedWeight& weight, int64_t tile) {
-    for (int q = 0; q < 4; ++q) {
-      alignas(64) int8_t rows[4][16];
-      for (int lane = 0; lane < 4; ++lane) {
-        const int8_t* row = weight.levels + (tile * kTileOutputs + 4 * lane + q) * 16;
-        for (int i = 0; i < 16; ++i) rows[lane][i] = row[i];
-      }
-      tables[q] = _mm512_xor_si512(_mm512_load_si512(rows), _mm512_set1_epi8(-128));
-    }
-  }
-
-  inline __attribute__((always_inline)) __m512i at(int step, const uint8_t* lines) const {
-    const __m512i codes = UniformCodes<4>().at(step, lines);
-    __m512i u = _mm512_shuffle_epi8(tables[0], codes);
-    u = _mm512_mask_shuffle_epi8(u, 0x00f000f000f000f0, tables[1], codes);
-    u = _mm512_mask_shuffle_epi8(u, 0x0f000f000f000f00, tables[2], codes);
-    return _mm512_mask_shuffle_epi8(u, 0xf000f000f000f000, tables[3], codes);
-  }
-
-  __m512i tables[4];
-};
 
 constexpr int64_t kPrefetch = 4096;  // bytes ahead, where each line is read for one or two rows
 
@@ -112,12 +42,10 @@ struct VnniTile {
     const int64_t line_bytes = w.layout.bits * kLine;
     const int8_t* a = kWide ? reinterpret_cast<const int8_t*>(p.wide) : p.narrow;
     a += row * depth + block * kBlockInputs * kSize;
-    const uint8_t* lines = w.packed + (tile * w.layout.blocks + block) * line_bytes;
+    const uint8_t* lines = lines_of(w, tile, block);
     __m512i sums[R][T][kChains];
     for_each_sum([&](int r, int t) __attribute__((always_inline)) {
-      const uint32_t sum = static_cast<uint32_t>(p.sums[(row + r) * w.layout.groups + g]);
-      sums[r][t][0] =
-          _mm512_set1_epi32(static_cast<int32_t>(-static_cast<uint32_t>(w.origin) * sum));
+      sums[r][t][0] = _mm512_set1_epi32(start_of(p, g, row + r));
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) sums[r][t][c] = _mm512_setzero_si512();
     });
@@ -180,33 +108,6 @@ struct VnniTile {
     }
   }
 
-  // scale * (D + offset * S) of one row, tile and group, added to those of the groups before.
-  inline __attribute__((always_inline)) __m512 value_of(int64_t g, int r, int t, __m512i d,
-                                                        const float* before) const {
-    const PackedWeight& w = p.weight;
-    const int64_t at = g * w.stride + (tile + t) * kTileOutputs;
-    __m512 value = _mm512_cvtepi32_ps(d);
-    if (w.offset != nullptr) {
-      const float sum = static_cast<float>(p.sums[(row + r) * w.layout.groups + g]);
-      value = value + _mm512_loadu_ps(w.offset + at) * _mm512_set1_ps(sum);
-    }
-    value = value * _mm512_loadu_ps(w.scale + at);
-    return g > 0 ? _mm512_loadu_ps(before) + value : value;
-  }
-
-  // finish_row in a register, for the outputs of a tile that are there.
-  inline __attribute__((always_inline)) void finish(int r, int t, __m512 y) const {
-    const int64_t output = (tile + t) * kTileOutputs, left = p.weight.outputs - output;
-    const auto there = static_cast<__mmask16>(left < kTileOutputs ? (1 << left) - 1 : 0xffff);
-    if (p.a_zero != nullptr)
-      y = y - _mm512_set1_ps(p.a_zero[row + r]) * _mm512_loadu_ps(p.weight.sum + output);
-    y = y * _mm512_set1_ps(p.a_scale[row + r]);
-    if (p.bias != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.bias + output);
-    const int64_t at = (row + r) * p.weight.outputs + output;
-    if (p.residual != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.residual + at);
-    _mm512_mask_storeu_ps(p.out + at, there, y);
-  }
-
   void run() const {
     alignas(64) float values[R][T * kTileOutputs];
     const Format format(p.weight, tile);
@@ -217,9 +118,10 @@ struct VnniTile {
       sum_group(format, g, g * p.weight.layout.group_blocks, d);
       for_each_sum([&](int r, int t) __attribute__((always_inline)) {
         float* const before = values[r] + t * kTileOutputs;
-        const __m512 value = value_of(g, r, t, d[r][t], before);
+        const TileOutputs outputs(p, g, tile + t);
+        const __m512 value = outputs.value(p, g, row + r, d[r][t], before);
         if (g + 1 == groups && in_registers) {
-          finish(r, t, value);
+          outputs.finish(p, row + r, tile + t, value);
         } else {
           _mm512_store_ps(before, value);
         }
@@ -248,13 +150,38 @@ void run_tiles(const PackedProduct& p, int64_t tile) {
   run_tile_rows<1, T, Format, kWide>(p, tile, row);
 }
 
-template <class Format, int kPanelTiles = 4>
+constexpr int64_t kVnniTiles = 4;  // in registers
+
+template <class Format>
+void run_panels(const PackedProduct& p, int64_t& tile, uint8_t* panel) {
+  PackedProduct bytes = p;
+  bytes.weight.layout.bits = 8;
+  bytes.weight.packed = panel;
+  for (; tile + kVnniTiles <= p.last_tile; tile += kVnniTiles) {
+    const int64_t blocks = p.weight.layout.blocks;
+    for (int64_t t = 0; t < kVnniTiles; ++t)
+      unpack_blocks(Format(p.weight, tile + t), lines_of(p.weight, tile + t, 0),
+                    p.weight.layout.bits, blocks, panel + t * blocks * kBlockBytes);
+    bytes.weight.packed_tile = tile;
+    p.wide != nullptr ? run_tiles<kVnniTiles, UniformCodes<8>, true>(bytes, tile)
+                      : run_tiles<kVnniTiles, UniformCodes<8>, false>(bytes, tile);
+  }
+}
+
+template <class Format, int kTiles = kVnniTiles>
 void run_format(const PackedProduct& p) {
   int64_t tile = p.first_tile;
+  const bool is_bytes = p.weight.levels == nullptr && p.weight.layout.bits == 8;
+  if (p.rows >= Format::kPanelRows && !is_bytes && tile + kVnniTiles <= p.last_tile) {
+    const auto size = static_cast<size_t>(kVnniTiles * p.weight.layout.blocks * kBlockBytes);
+    auto* const panel = static_cast<uint8_t*>(aligned_alloc(kLine, size));
+    if (panel != nullptr) run_panels<Format>(p, tile, panel);
+    free(panel);
+  }
   // For one row the weights are read once: in the order in which they lie.
-  for (; p.rows > 1 && tile + kPanelTiles <= p.last_tile; tile += kPanelTiles) {
-    p.wide != nullptr ? run_tiles<kPanelTiles, Format, true>(p, tile)
-                      : run_tiles<kPanelTiles, Format, false>(p, tile);
+  for (; p.rows > 1 && tile + kTiles <= p.last_tile; tile += kTiles) {
+    p.wide != nullptr ? run_tiles<kTiles, Format, true>(p, tile)
+                      : run_tiles<kTiles, Format, false>(p, tile);
   }
   for (; tile < p.last_tile; ++tile)
     p.wide != nullptr ? run_tiles<1, Format, true>(p, tile) : run_tiles<1, Format, false>(p, tile);

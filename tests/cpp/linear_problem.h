@@ -46,11 +46,16 @@ inline std::vector<LinearCase> linear_cases(int64_t count) {
   const auto pick = [&](std::vector<int64_t> from) { return from[engine() % from.size()]; };
   std::vector<LinearCase> cases;
   for (int64_t i = 0; i < count; ++i) {
-    LinearCase c{pick({1, 1, 2, 3, 4, 5, 6, 7, 13}),        pick({1, 15, 16, 17, 64, 70, 131}),
-                 pick({1, 3, 31, 32, 33, 100, 257, 600}),   pick({2, 3, 4, 6, 8}),
-                 pick({0, 0, 1, 24, 32, 48, 128}),          static_cast<Kind>(pick({0, 1, 2, 3})),
-                 static_cast<Input>(pick({0, 1, 2})),       pick({0, 1}) == 1,
-                 static_cast<Epilogue>(pick({0, 0, 1, 2})), pick({0, 1}) == 1};
+    LinearCase c{pick({1, 1, 2, 3, 4, 5, 6, 7, 13, 20, 33, 50}),
+                 pick({1, 15, 16, 17, 64, 70, 131}),
+                 pick({1, 3, 31, 32, 33, 100, 257, 600}),
+                 pick({2, 3, 4, 6, 8}),
+                 pick({0, 0, 1, 24, 32, 48, 128}),
+                 static_cast<Kind>(pick({0, 1, 2, 3})),
+                 static_cast<Input>(pick({0, 1, 2})),
+                 pick({0, 1}) == 1,
+                 static_cast<Epilogue>(pick({0, 0, 1, 2})),
+                 pick({0, 1}) == 1};
     if (c.has_levels() && c.bits > 4) c.bits = 4;
     if (c.group_size == 1) c.columns = c.columns < 33 ? c.columns : 33;
     cases.push_back(c);
@@ -117,7 +122,8 @@ class LinearProblem {
     return finite;
   }
 
-  void multiply(void (*leaf)(const PackedProduct&), int64_t first_tile = 0) {
+  void multiply(void (*leaf)(const PackedProduct&), int64_t first_tile = 0,
+                CpuTier tier = CpuTier::scalar) {
     fill(out_);
     PackedProduct p{};
     p.weight = weight();
@@ -132,7 +138,7 @@ class LinearProblem {
     p.bias = bias_.data_or_null();
     p.residual = residual_.data_or_null();
     p.epilogue = c_.epilogue;
-    p.vnni = cpu_has_vnni();
+    p.tier = tier;
     p.out = out_.data();
     leaf(p);
   }

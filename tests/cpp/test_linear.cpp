@@ -3,6 +3,7 @@
 #include <csrc/kernels/linear_float.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -15,29 +16,38 @@ namespace {
 
 struct Tier {
   std::string name;
+  CpuTier tier;
   void (*quantize)(const QuantizeRows&);
   void (*multiply)(const PackedProduct&);
   void (*unpack)(const UnpackWeight&);
 
-  // The AVX2 kernel multiplies these weights with 16-bit activations only.
+  // Without sums of four products these weights are multiplied with 16-bit activations only.
   bool takes(const LinearCase& c) const {
-    const bool dot_products = name == "avx512" && cpu_has_vnni();
-    return c.wide || name == "scalar" || dot_products || (!c.has_levels() && c.layout().bits < 8);
+    const bool plain = tier == CpuTier::avx2 || tier == CpuTier::avx512;
+    return c.wide || !plain || (!c.has_levels() && c.layout().bits < 8);
   }
 };
 
 std::vector<Tier> tiers() {
   std::vector<Tier> all;
-  for (const std::string& name : cpu_tiers()) {
-    if (name == "scalar")
-      all.push_back({name, scalar::quantize_rows, scalar::packed_product, scalar::unpack_weight});
+  const auto add = [&](const char* name, CpuTier tier, auto... leaves) {
+    const std::vector<std::string> have = cpu_tiers();
+    if (std::find(have.begin(), have.end(), name) != have.end())
+      all.push_back({name, tier, leaves...});
+  };
+  add("scalar", CpuTier::scalar, scalar::quantize_rows, scalar::packed_product,
+      scalar::unpack_weight);
 #ifdef TORCHQUANT_X86
-    if (name == "avx2")
-      all.push_back({name, avx2::quantize_rows, avx2::packed_product, avx2::unpack_weight});
-    if (name == "avx512")
-      all.push_back({name, avx512::quantize_rows, avx512::packed_product, avx512::unpack_weight});
+  add("avx2", CpuTier::avx2, avx2::quantize_rows, avx2::packed_product, avx2::unpack_weight);
+  add("avx2_vnni", CpuTier::avx2_vnni, avx2::quantize_rows, avx2::packed_product,
+      avx2::unpack_weight);
+  const auto add_avx512 = [&](const char* name, CpuTier tier) {
+    add(name, tier, avx512::quantize_rows, avx512::packed_product, avx512::unpack_weight);
+  };
+  add_avx512("avx512", CpuTier::avx512);
+  add_avx512("avx512_vnni", CpuTier::avx512_vnni);
+  add_avx512("avx512_amx", CpuTier::avx512_amx);
 #endif
-  }
   return all;
 }
 
@@ -63,7 +73,7 @@ TEST(Linear, EveryTierGivesTheSameOutputs) {
       reference.multiply(scalar::packed_product, first_tile);
       for (const Tier& tier : tiers()) {
         if (!tier.takes(c)) continue;
-        problem.multiply(tier.multiply, first_tile);
+        problem.multiply(tier.multiply, first_tile, tier.tier);
         EXPECT_TRUE(problem.out().same_bytes(reference.out())) << tier.name << ": " << c;
       }
     }

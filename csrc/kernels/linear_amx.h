@@ -1,0 +1,319 @@
+// The kernel for AMX: 32 rows x 32 outputs in four tiles of sums. Eight bits of two blocks are one
+// tile of weights as it lies in memory: 64 inputs of 16 outputs (Note [weight tiles]), so narrower
+// codes and levels are unpacked to that form, in panels that stay in L1 for all rows.
+#pragma once
+#include <csrc/kernels/linear_zmm.h>
+#include <stdlib.h>
+
+namespace torchquant {
+namespace {
+
+constexpr int64_t kAmxRows = 8;  // for fewer, products of vectors are faster
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kRowsAtOnce = 256;  // their sums stay in L2
+constexpr int64_t kMostRowBlocks = kRowsAtOnce / (2 * kTileRows) + 1;
+constexpr int64_t kPanelBlocks = 16;                         // 512 inputs of two tiles: 16 KB
+constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
+constexpr int64_t kSumStride = 2 * kTileOutputs;
+constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1;
+  uint8_t rest[15] = {};
+  uint16_t bytes[16] = {};  // of a row
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. All have 64 bytes a row.
+inline void set_tile_shapes(int64_t rows) {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) {
+    shapes.bytes[i] = kLine;
+    shapes.rows[i] = static_cast<uint8_t>(i < 6 && rows < kTileRows ? rows : kTileRows);
+  }
+  _tile_loadconfig(&shapes);
+}
+
+// One or two tiles of rows, [first, first + 16 * tiles). Where they would reach past the last row
+// they begin earlier and take some rows again; `fresh` is the first that no block before has.
+struct RowBlock {
+  int64_t first;
+  int64_t tiles;
+  int64_t fresh;
+};
+
+inline int64_t cut_rows(int64_t rows, RowBlock (&blocks)[kMostRowBlocks]) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t tiles = rows - row > kTileRows && rows >= 2 * kTileRows ? 2 : 1;
+    const int64_t last = rows - tiles * kTileRows, first = row < last || last < 0 ? row : last;
+    blocks[count++] = {first, tiles, row};
+    row = first + tiles * kTileRows;
+  }
+  return count;
+}
+
+// Signed bytes of activations, or the upper and lower bytes of 16-bit ones: 256 * upper + lower.
+struct Activations {
+  const int8_t* upper;
+  const uint8_t* lower;  // null: bytes
+};
+
+// sums += u * a over `blocks` blocks, for R tiles of rows and T tiles of outputs. One tile of rows
+// uses the sums of the second for every other step, lest each product wait for the one before.
+template <int R, int T, bool kSigned>
+struct TileProduct {
+  const uint8_t* panel;
+  int64_t blocks;
+  int64_t depth;  // from row to row
+  int32_t* sums;
+
+  // One tile of weights, in registers 6 and 7, times activations.
+  template <int kSums>
+  static inline __attribute__((always_inline)) void add_row_tile() {
+    if constexpr (kSums == 0 && kSigned) {
+      _tile_dpbsud(0, 4, 6);
+      if constexpr (T == 2) _tile_dpbsud(1, 4, 7);
+    } else if constexpr (kSums == 0) {
+      _tile_dpbuud(0, 4, 6);
+      if constexpr (T == 2) _tile_dpbuud(1, 4, 7);
+    } else if constexpr (kSigned) {
+      _tile_dpbsud(2, 5, 6);
+      if constexpr (T == 2) _tile_dpbsud(3, 5, 7);
+    } else {
+      _tile_dpbuud(2, 5, 6);
+      if constexpr (T == 2) _tile_dpbuud(3, 5, 7);
+    }
+  }
+
+  template <int kSums = 0>
+  static inline __attribute__((always_inline)) void add(const int8_t* a, int64_t stride,
+                                                        const uint8_t* u) {
+    _tile_loadd(6, u, kLine);
+    if constexpr (T == 2) _tile_loadd(7, u + kPanelBytes, kLine);
+    if constexpr (R == 2 || kSums == 0) {
+      _tile_loadd(4, a, stride);
+      add_row_tile<0>();
+    }
+    if constexpr (R == 2 || kSums == 1) {
+      _tile_loadd(5, R == 2 ? a + kTileRows * stride : a, stride);
+      add_row_tile<1>();
+    }
+  }
+
+  void load_sums(bool zeros) const {
+    if (zeros) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      return;
+    }
+    int32_t* const second = sums + kTileRows * kSumStride;
+    _tile_loadd(0, sums, kSumStride * 4);
+    _tile_loadd(1, sums + kTileOutputs, kSumStride * 4);
+    _tile_loadd(2, second, kSumStride * 4);
+    _tile_loadd(3, second + kTileOutputs, kSumStride * 4);
+  }
+
+  void store_sums() const {
+    int32_t* const second = sums + kTileRows * kSumStride;
+    _tile_stored(0, sums, kSumStride * 4);
+    _tile_stored(1, sums + kTileOutputs, kSumStride * 4);
+    _tile_stored(2, second, kSumStride * 4);
+    _tile_stored(3, second + kTileOutputs, kSumStride * 4);
+  }
+
+  // The last of an odd number of blocks has zeros behind it, whatever the panel holds there.
+  void run(const int8_t* a, int64_t rows, bool from_zero) const {
+    load_sums(from_zero);
+    int64_t b = 0;
+    for (; R == 1 && b + 4 <= blocks; b += 4) {
+      add<0>(a + b * kBlockInputs, depth, panel + b * kBlockBytes);
+      add<1>(a + (b + 2) * kBlockInputs, depth, panel + (b + 2) * kBlockBytes);
+    }
+    for (; b + 2 <= blocks; b += 2) add(a + b * kBlockInputs, depth, panel + b * kBlockBytes);
+    if (b < blocks) {
+      alignas(64) int8_t last[R * kTileRows * kLine];
+      for (int64_t r = 0; r < rows; ++r) {
+        const int8_t* const from = a + r * depth + b * kBlockInputs;
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        _mm512_store_si512(last + r * kLine, _mm512_zextsi256_si512(half));
+      }
+      add(last, kLine, panel + b * kBlockBytes);
+    }
+    store_sums();
+  }
+};
+
+template <class Format>
+class AmxProduct {
+ public:
+  AmxProduct(const PackedProduct& p, Activations a) : p_(p), w_(p.weight), a_(a) {}
+
+  void run() {
+    for (row_ = 0; row_ < p_.rows; row_ += rows_) {
+      rows_ = p_.rows - row_ < kRowsAtOnce ? p_.rows - row_ : kRowsAtOnce;
+      row_block_count_ = cut_rows(rows_, row_blocks_);
+      set_tile_shapes(rows_);
+      for (tile_ = p_.first_tile; tile_ < p_.last_tile; tile_ += 2)
+        tile_ + 1 < p_.last_tile ? run_tiles<2>() : run_tiles<1>();
+    }
+    _tile_release();
+  }
+
+ private:
+  template <int T>
+  void run_tiles() {
+    const BlockLayout& layout = w_.layout;
+    const Format formats[2] = {{w_, tile_}, {w_, tile_ + T - 1}};
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      const int64_t first = g * layout.group_blocks, end = first + layout.blocks_of_group(g);
+      for (int64_t block = first; block < end; block += kPanelBlocks) {
+        const int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
+        for (int t = 0; t < T; ++t)
+          unpack_blocks(formats[t], lines_of(w_, tile_ + t, block), w_.layout.bits, blocks,
+                        panel_ + t * kPanelBytes);
+        // Sums are read one block later: they are not forwarded from stores of tiles.
+        const bool whole = block + blocks == end;
+        for (int64_t i = 0; i < row_block_count_; ++i) {
+          multiply<T>(i, block, blocks, block == first);
+          if (whole && i > 0) finish_rows<T>(i - 1, g);
+        }
+        if (whole) finish_rows<T>(row_block_count_ - 1, g);
+      }
+    }
+  }
+
+  template <int T>
+  void multiply(int64_t i, int64_t block, int64_t blocks, bool first) {
+    const RowBlock& rows = row_blocks_[i];
+    const int64_t depth = w_.layout.blocks * kBlockInputs;
+    const int64_t at = (row_ + rows.first) * depth + block * kBlockInputs;
+    const auto sum = [&](const auto& product, const void* a) {
+      const int64_t height = rows_ < kTileRows ? rows_ : rows.tiles * kTileRows;
+      product.run(static_cast<const int8_t*>(a) + at, height, first);
+    };
+    int32_t* const sums = sums_ + i * kBlockSums;
+    if (rows.tiles == 2) {
+      sum(TileProduct<2, T, true>{panel_, blocks, depth, sums}, a_.upper);
+      if (a_.lower != nullptr)
+        sum(TileProduct<2, T, false>{panel_, blocks, depth, lower_sums_ + i * kBlockSums},
+            a_.lower);
+    } else {
+      sum(TileProduct<1, T, true>{panel_, blocks, depth, sums}, a_.upper);
+      if (a_.lower != nullptr)
+        sum(TileProduct<1, T, false>{panel_, blocks, depth, lower_sums_ + i * kBlockSums},
+            a_.lower);
+    }
+  }
+
+  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
+    const __m512i sum = _mm512_load_si512(sums);
+    if (tiles == 2) return sum;
+    return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
+  }
+
+  // Rows of a block whose sums are there.
+  template <int T>
+  void finish_rows(int64_t i, int64_t g) {
+    const RowBlock& rows = row_blocks_[i];
+    const PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
+    const bool last_group = g + 1 == p.weight.layout.groups;
+    const bool in_registers = last_group && p.epilogue == Epilogue::none;
+    const bool wide = a_.lower != nullptr;
+    const int64_t whole = rows.first + rows.tiles * kTileRows, end = whole < rows_ ? whole : rows_;
+    const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
+    const int32_t* sums = sums_ + i * kBlockSums + (rows.fresh - rows.first) * kSumStride;
+    const int32_t* lower = lower_sums_ + (sums - sums_);
+    float* values = values_ + rows.fresh * kSumStride;
+    for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
+      const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) {
+        __m512i d = sum_of(sums + t * kTileOutputs, rows.tiles);
+        if (wide)
+          d = _mm512_add_epi32(_mm512_slli_epi32(d, 8),
+                               sum_of(lower + t * kTileOutputs, rows.tiles));
+        d = _mm512_add_epi32(d, start);
+        const __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
+        if (in_registers) {
+          outputs[t].finish(p, row, tile_ + t, value);
+        } else {
+          _mm512_store_ps(values + t * kTileOutputs, value);
+        }
+      }
+      if (last_group && !in_registers)
+        finish_row(p, row, tile_ * kTileOutputs, outputs_of(p, tile_, T), values);
+      sums += kSumStride;
+      lower += kSumStride;
+      values += kSumStride;
+    }
+  }
+
+  const PackedProduct& p_;
+  const PackedWeight& w_;
+  const Activations a_;
+  int64_t row_ = 0, rows_ = 0, tile_ = 0, row_block_count_ = 0;
+  RowBlock row_blocks_[kMostRowBlocks];
+  alignas(64) uint8_t panel_[2 * kPanelBytes];
+  alignas(64) int32_t sums_[kMostRowBlocks * kBlockSums];
+  alignas(64) int32_t lower_sums_[kMostRowBlocks * kBlockSums];
+  alignas(64) float values_[kRowsAtOnce * kSumStride];
+};
+
+template <class Format>
+void run_amx_format(const PackedProduct& p, const Activations& a) {
+  AmxProduct<Format> product(p, a);
+  product.run();
+}
+
+void run_amx_bytes(const PackedProduct& p, const Activations& a) {
+  const PackedWeight& w = p.weight;
+  if (w.levels != nullptr)
+    return w.level_stride == 0 ? run_amx_format<SharedLevels>(p, a)
+                               : run_amx_format<RowLevels>(p, a);
+  switch (w.layout.bits) {
+    case 2:
+      return run_amx_format<UniformCodes<2>>(p, a);
+    case 3:
+      return run_amx_format<UniformCodes<3>>(p, a);
+    case 4:
+      return run_amx_format<UniformCodes<4>>(p, a);
+    default:
+      return run_amx_format<UniformCodes<8>>(p, a);
+  }
+}
+
+// Upper and lower bytes of `count` (a multiple of 32) 16-bit integers, in the order of the inputs.
+void split_bytes(const int16_t* wide, int64_t count, uint8_t* upper, uint8_t* lower) {
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  const auto store = [order](uint8_t* to, __m512i bytes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_shuffle_epi8(_mm512_cvtepi16_epi8(bytes), order));
+  };
+  for (int64_t i = 0; i < count; i += kBlockInputs) {
+    const __m512i a = _mm512_loadu_si512(wide + i);
+    store(upper + i, _mm512_srli_epi16(a, 8));
+    store(lower + i, a);
+  }
+}
+
+// False where there is no memory for the bytes of 16-bit activations.
+bool run_amx(const PackedProduct& p) {
+  if (p.narrow != nullptr) {
+    run_amx_bytes(p, {p.narrow, nullptr});
+    return true;
+  }
+  const int64_t count = p.rows * p.weight.layout.blocks * kBlockInputs;
+  auto* const bytes = static_cast<uint8_t*>(malloc(static_cast<size_t>(2 * count)));
+  if (bytes == nullptr) return false;
+  split_bytes(p.wide, count, bytes, bytes + count);
+  run_amx_bytes(p, {reinterpret_cast<const int8_t*>(bytes), bytes + count});
+  free(bytes);
+  return true;
+}
+
+}  // namespace
+}  // namespace torchquant
