@@ -17,8 +17,8 @@ inline __attribute__((always_inline)) __m512i masked(__m512i codes, int mask) {
   return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 
-// Each format has V[step] of a block from its lines. From kPanelRows rows on it pays to unpack codes
-// once, to memory, and not again for every few rows.
+// Each format has V[step] of a block from its lines. From kPanelRows rows on it pays to unpack
+// codes once, to memory, and not again for every few rows.
 template <int kBits>
 struct UniformCodes {
   static constexpr int64_t kPanelRows = 48;

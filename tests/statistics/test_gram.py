@@ -78,7 +78,7 @@ def test_float64_gram_takes_double_products() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 8])
-@pytest.mark.parametrize(("tokens", "columns"), [(333, 400), (64, 1100)])
+@pytest.mark.parametrize(("tokens", "columns"), [(333, 400), (64, 1100), (2000, 48)])
 def test_same_bits_for_any_number_of_threads(tokens: int, columns: int, count: int) -> None:
     x = token_matrix(tokens, columns)
     with threads(1):
