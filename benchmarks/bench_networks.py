@@ -233,7 +233,7 @@ def deit_s(depth: int = 12, dim: int = 384) -> Network:
     with seeded(0):
         model = DeiT(dim, depth).eval()
         pictures = torch.randn(2, *PICTURE)
-    schemes = {"W4A8, dynamic": ("W4A8", DYNAMIC), "W4A16": ("W4A16", None)}
+    schemes = {"W4A8, static": ("W4A8", None), "W4A8, dynamic": ("W4A8", DYNAMIC), "W4A16": ("W4A16", None)}
     peers: dict[str, Any] = {
         FLOAT32: ("float32", float32),
         "torch bfloat16": ("float", bfloat16),
