@@ -3,12 +3,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <csrc/core/cholesky.h>
 #include <csrc/core/parallel.h>
 
 #include <tuple>
@@ -21,25 +21,23 @@ constexpr int kDampingSteps =
 constexpr double kFirstDamping = 1e-3;  // where the ladder starts when none was asked for
 constexpr int64_t kSmallInverse = 96;   // columns up to which a triangular solve is as fast
 
-// The inverse of upper triangular matrices [B, K, K] by halves: two products where a triangular
-// solve against the identity takes twice the operations at half the rate.
-at::Tensor inverse_of_upper(const at::Tensor& upper) {
+// The inverse of upper triangular matrices [B, K, K] by halves, into zeros: two products where a
+// triangular solve against the identity takes twice the operations at half the rate.
+void invert_upper(const at::Tensor& upper, const at::Tensor& inverse) {
   const int64_t K = upper.size(1), half = K / 2;
   if (K <= kSmallInverse) {
     const at::Tensor identity = at::eye(K, upper.options()).expand_as(upper);
-    return at::linalg_solve_triangular(upper, identity, /*upper=*/true);
+    inverse.copy_(at::linalg_solve_triangular(upper, identity, /*upper=*/true));
+    return;
   }
   const auto part = [&](const at::Tensor& x, int64_t row, int64_t column) {
     return x.narrow(1, row, row == 0 ? half : K - half)
         .narrow(2, column, column == 0 ? half : K - half);
   };
-  const at::Tensor first = inverse_of_upper(part(upper, 0, 0));
-  const at::Tensor last = inverse_of_upper(part(upper, half, half));
-  at::Tensor inverse = at::zeros(upper.sizes(), upper.options());
-  part(inverse, 0, 0).copy_(first);
-  part(inverse, half, half).copy_(last);
-  part(inverse, 0, half).copy_(at::bmm(first, at::bmm(part(upper, 0, half), last)).neg_());
-  return inverse;
+  const at::Tensor first = part(inverse, 0, 0), last = part(inverse, half, half);
+  invert_upper(part(upper, 0, 0), first);
+  invert_upper(part(upper, half, half), last);
+  part(inverse, 0, half).baddbmm_(first, at::bmm(part(upper, 0, half), last), 0, -1);
 }
 
 // With the order of the columns reversed, H + damping I = R R^T for an upper triangular R, so
@@ -49,10 +47,11 @@ std::tuple<at::Tensor, at::Tensor> inverse_factor(const at::Tensor& gram,
                                                   const at::Tensor& damping) {
   at::Tensor reversed = gram.flip({1, 2});
   reversed.diagonal(0, 1, 2).add_(damping.squeeze(2));
-  const auto [lower, info] = at::linalg_cholesky_ex(reversed);
-  const at::Tensor upper = inverse_of_upper(lower.flip({1, 2}));
+  const at::Tensor failed = cholesky_(reversed);
+  const at::Tensor upper = at::zeros(reversed.sizes(), reversed.options());
+  invert_upper(reversed.flip({1, 2}), upper);
   const at::Tensor finite = upper.sum({1, 2}, true).isfinite();
-  return {upper, info.ne(0).view({-1, 1, 1}).logical_or(finite.logical_not())};
+  return {upper, failed.view({-1, 1, 1}).logical_or(finite.logical_not())};
 }
 
 DampedFactor factorize(const at::Tensor& gram, double damp) {

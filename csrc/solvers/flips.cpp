@@ -212,7 +212,9 @@ at::Tensor halving(const Layer& layer, const Options& options, Quantization& q) 
   const at::Tensor gram = permuted(layer.gram);
   const DampedFactor factor = damped_factor(gram, options.ridge);
   // Where nothing helped, what was given is no Gram to judge flips by.
-  const at::Tensor flipping = permuted(layer.flipping).masked_fill(factor.failed, 0).contiguous();
+  at::Tensor flipping = permuted(layer.flipping);
+  if (factor.status() == 2) flipping = flipping.masked_fill(factor.failed, 0);
+  flipping = flipping.contiguous();
   const Rows rows{permute_columns(layer.weight, permutation),
                   factor.upper.contiguous(),
                   gram,

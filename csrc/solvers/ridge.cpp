@@ -7,7 +7,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
-#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/maximum.h>
@@ -19,6 +18,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
+#include <csrc/core/cholesky.h>
 #include <csrc/core/device.h>
 #include <csrc/core/gram_problem.h>
 #include <torch/library.h>
@@ -43,8 +43,8 @@ struct BiasRule {
 
 struct RidgeProblem {
   at::Tensor weight;  // float64 [B, n, K], contiguous
-  at::Tensor gram;    // float64 [B, K, K]
-  at::Tensor change;  // float64 [B, K, K] C - H
+  at::Tensor gram;    // [B, K, K]
+  at::Tensor change;  // [B, K, K] C - H, of the Grams' dtype: no better known than that
   at::Tensor unit;    // [B, 1] mean squared input, the bias left out: a ridge is relative to it
 };
 
@@ -72,16 +72,17 @@ RidgeProblem ridge_problem(const char* op, const at::Tensor& weight, const at::T
   RidgeProblem p;
   p.weight = weight.to(at::kDouble).contiguous().view({B, n, K});
   p.gram = checked_gram(op, "gram", gram, gram);
-  p.change = checked_gram(op, "cross", cross, gram).sub(p.gram).to(at::kDouble);
-  p.gram = p.gram.to(at::kDouble);
-  const at::Tensor inputs = p.gram.diagonal(0, 1, 2).narrow(1, 0, bias.column ? K - 1 : K);
+  p.change = checked_gram(op, "cross", cross, gram).sub(p.gram);
+  const at::Tensor inputs =
+      p.gram.diagonal(0, 1, 2).narrow(1, 0, bias.column ? K - 1 : K).to(at::kDouble);
   const at::Tensor mean = inputs.size(1) > 0 ? inputs.mean(-1, true) : inputs.sum(-1, true);
   p.unit = at::where(mean.gt(0), mean, at::ones_like(mean));
   return p;
 }
 
+// float64 H + l I
 at::Tensor with_ridge(const RidgeProblem& p, const at::Tensor& ridge, const BiasRule& bias) {
-  at::Tensor damped = p.gram.clone();
+  const at::Tensor damped = p.gram.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
   const int64_t K = damped.size(1);
   damped.diagonal(0, 1, 2).narrow(1, 0, bias.free() ? K - 1 : K).add_(ridge);
   return damped;
@@ -90,14 +91,15 @@ at::Tensor with_ridge(const RidgeProblem& p, const at::Tensor& ridge, const Bias
 // The lower Cholesky factor of H + l I, with l raised where H is not positive definite.
 at::Tensor ridge_factor(const char* op, const RidgeProblem& p, double ridge, BiasRule bias) {
   at::Tensor amount = p.unit * ridge;
-  auto [lower, info] = at::linalg_cholesky_ex(with_ridge(p, amount, bias));
-  at::Tensor failed = info.ne(0).view({-1, 1});
+  at::Tensor lower = with_ridge(p, amount, bias);
+  at::Tensor failed = cholesky_(lower).view({-1, 1});
   bias.penalized = true;  // an empty bias column needs the raised ridge as well
   for (int raise = 0; raise < kRaises && failed.any().item<bool>(); ++raise) {
     amount = at::maximum(amount * 10, p.unit * kFirstRaised);
-    const auto [raised, still] = at::linalg_cholesky_ex(with_ridge(p, amount, bias));
+    const at::Tensor raised = with_ridge(p, amount, bias);
+    const at::Tensor still = cholesky_(raised).view({-1, 1});
     lower = at::where(failed.unsqueeze(2), raised, lower);
-    failed = failed.logical_and(still.ne(0).view({-1, 1}));
+    failed = failed.logical_and(still);
   }
   TORCH_CHECK_VALUE(!failed.any().item<bool>(), op, ": gram + ridge is not positive definite at ",
                     ridge, " nor at thousandfold: is gram a Gram matrix?");
@@ -120,7 +122,8 @@ at::Tensor ridge_update(const at::Tensor& weight, const at::Tensor& gram, const 
   at::Tensor result = at::empty(p.weight.sizes(), p.weight.options().dtype(at::kFloat));
   for_each_part(p.weight, kRowsPerChunk, [&](const Part& part) {
     const at::Tensor rows = part.rows(p.weight), l = part.problems(lower);
-    at::Tensor change = at::bmm(rows, part.problems(p.change).mT());
+    const at::Tensor known = part.problems(p.change);
+    at::Tensor change = at::bmm(rows.to(known.scalar_type()), known.mT()).to(at::kDouble);
     change = at::linalg_solve_triangular(l.mT(), change, /*upper=*/true, /*left=*/false);
     change = at::linalg_solve_triangular(l, change, /*upper=*/false, /*left=*/false);
     part.rows(result).copy_(change.add_(rows));
@@ -163,10 +166,10 @@ RidgePath ridge_path(const at::Tensor& gram, const at::Tensor& right, const Bias
 at::Tensor path_errors(const RidgeProblem& fit, const RidgeProblem& heldout, int64_t problem,
                        const at::Tensor& ridges, const BiasRule& bias) {
   const at::Tensor w = fit.weight.select(0, problem).t();  // [K, n]
-  const RidgePath path =
-      ridge_path(fit.gram.select(0, problem), at::mm(fit.change.select(0, problem), w), bias);
-  const at::Tensor gram = heldout.gram.select(0, problem);
-  const at::Tensor linear = at::mm(heldout.change.select(0, problem), w).neg_();
+  const RidgePath path = ridge_path(fit.gram.select(0, problem).to(at::kDouble),
+                                    at::mm(fit.change.select(0, problem).to(at::kDouble), w), bias);
+  const at::Tensor gram = heldout.gram.select(0, problem).to(at::kDouble);
+  const at::Tensor linear = at::mm(heldout.change.select(0, problem).to(at::kDouble), w).neg_();
   const at::Tensor moved = at::mm(gram, path.constant);
   const at::Tensor square =
       at::mm(at::mm(path.basis.t(), gram), path.basis).mul_(at::mm(path.answer, path.answer.t()));
