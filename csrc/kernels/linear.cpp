@@ -3,6 +3,7 @@
 
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
@@ -99,21 +100,22 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   } else {
     q.shift = 1 << (grid.bits - 1);
     q.max_code = max_code_of(grid.bits);
-    const auto spread = [&](const at::Tensor& t) { return t.reshape({-1}).expand({rows}); };
-    a.zero = spread(*grid.zero_point).sub(q.shift);
-    if (x.is_cuda() && !codes) {  // the kernel reads the grid and leaves the scale of each row
-      a.scale = at::empty({rows}, floats);
-      q.a_scale = a.scale.mutable_data_ptr<float>();
-      q.scale_at = grid.scale->const_data_ptr<float>();
-      q.zero_point_at = grid.zero_point->const_data_ptr<float>();
-    } else {
-      a.scale = spread(*grid.scale).contiguous();
-    }
     if (x.is_cpu() && !codes) {
       q.scale = grid.scale->item<float>();
       q.zero_point = grid.zero_point->item<float>();
       TORCH_CHECK_VALUE(q.scale > 0 && q.scale <= std::numeric_limits<float>::max(), kOp,
                         ": input_scale must be positive, got ", q.scale);
+      a.scale = at::full({rows}, q.scale, floats);
+      a.zero = at::full({rows}, q.zero_point - static_cast<float>(q.shift), floats);
+    } else {
+      const auto spread = [&](const at::Tensor& t) { return t.reshape({-1}).expand({rows}); };
+      a.zero = spread(*grid.zero_point).sub(q.shift);
+      a.scale = codes ? spread(*grid.scale).contiguous() : at::empty({rows}, floats);
+    }
+    if (x.is_cuda() && !codes) {  // the kernel reads the grid and leaves the scale of each row
+      q.a_scale = a.scale.mutable_data_ptr<float>();
+      q.scale_at = grid.scale->const_data_ptr<float>();
+      q.zero_point_at = grid.zero_point->const_data_ptr<float>();
     }
   }
   quantize_all(q, x);
