@@ -40,36 +40,52 @@ void invert_upper(const at::Tensor& upper, const at::Tensor& inverse) {
   part(inverse, 0, half).baddbmm_(first, at::bmm(part(upper, 0, half), last), 0, -1);
 }
 
-// With the order of the columns reversed, H + damping I = R R^T for an upper triangular R, so
-// U = R^-1: one factorization and one inverse, where the textbook inverts H and factors the
-// inverse, which fails sooner. Returns U and where it failed [B, 1, 1].
-std::tuple<at::Tensor, at::Tensor> inverse_factor(const at::Tensor& gram,
-                                                  const at::Tensor& damping) {
-  at::Tensor reversed = gram.flip({1, 2});
-  reversed.diagonal(0, 1, 2).add_(damping.squeeze(2));
-  const at::Tensor failed = cholesky_(reversed);
-  const at::Tensor upper = at::zeros(reversed.sizes(), reversed.options());
-  invert_upper(reversed.flip({1, 2}), upper);
-  const at::Tensor finite = upper.sum({1, 2}, true).isfinite();
-  return {upper, failed.view({-1, 1, 1}).logical_or(finite.logical_not())};
+// R with H + damping I = R R^T, and where it failed or has no inverse [B, 1, 1].
+std::tuple<at::Tensor, at::Tensor> factor(const at::Tensor& gram, const at::Tensor& damping) {
+  const at::Tensor upper = gram.clone();
+  const at::Tensor diagonal = upper.diagonal(0, 1, 2);
+  diagonal.add_(damping.squeeze(2));
+  const at::Tensor failed = cholesky_(upper);
+  const at::Tensor finite = diagonal.reciprocal().sum(1).isfinite();
+  return {upper, failed.logical_or(finite.logical_not()).view({-1, 1, 1})};
 }
 
-DampedFactor factorize(const at::Tensor& gram, double damp) {
+// U = R^-1: one factorization and one inverse, where the textbook inverts H and factors the
+// inverse, which fails sooner.
+std::tuple<at::Tensor, at::Tensor> inverse_factor(const at::Tensor& gram,
+                                                  const at::Tensor& damping) {
+  const auto [upper, failed] = factor(gram, damping);
+  const at::Tensor inverse = at::zeros(upper.sizes(), upper.options());
+  invert_upper(upper, inverse);
+  const at::Tensor finite = inverse.sum({1, 2}, true).isfinite();
+  return {inverse, failed.logical_or(finite.logical_not())};
+}
+
+template <class Factor>
+DampedFactor factorize(const at::Tensor& gram, double damp, const Factor& factor_of) {
   const at::Tensor mean = gram.diagonal(0, 1, 2).mean(-1).view({-1, 1, 1});
   const at::Tensor unit =
       at::where(mean.gt(0), mean, at::ones_like(mean));  // an all-zero Gram: plain rounding
   DampedFactor f{{}, at::where(mean.gt(0), unit * damp, unit), {}};
-  std::tie(f.upper, f.failed) = inverse_factor(gram, f.damping);
+  std::tie(f.upper, f.failed) = factor_of(gram, f.damping);
   for (; f.raised < kDampingSteps && f.failed.any().item<bool>(); ++f.raised) {
     const at::Tensor more = at::maximum(f.damping * 10, unit * kFirstDamping);
     f.damping = at::where(f.failed, more, f.damping);
-    const auto [upper, still] = inverse_factor(gram, f.damping);
+    const auto [upper, still] = factor_of(gram, f.damping);
     f.upper = at::where(f.failed, upper, f.upper);
     f.failed = f.failed.logical_and(still);
   }
   if (f.failed.any().item<bool>()) {
     f.upper = at::where(f.failed, at::eye(gram.size(1), gram.options()), f.upper);
   }
+  return f;
+}
+
+template <class Factor>
+DampedFactor on_one_thread(const at::Tensor& gram, double damp, const Factor& factor_of) {
+  if (gram.is_cuda()) return factorize(gram, damp, factor_of);
+  DampedFactor f;
+  run_on_one_thread([&] { f = factorize(gram, damp, factor_of); });
   return f;
 }
 
@@ -81,10 +97,11 @@ int64_t DampedFactor::status() const {
 }
 
 DampedFactor damped_factor(const at::Tensor& gram, double damp) {
-  if (gram.is_cuda()) return factorize(gram, damp);
-  DampedFactor factor;
-  run_on_one_thread([&] { factor = factorize(gram, damp); });
-  return factor;
+  return on_one_thread(gram, damp, inverse_factor);
+}
+
+DampedFactor damped_cholesky(const at::Tensor& gram, double damp) {
+  return on_one_thread(gram, damp, factor);
 }
 
 }  // namespace torchquant

@@ -76,7 +76,7 @@ Layer split_bias(const GramProblem& p, bool bias_column) {
 
 struct Rows {
   at::Tensor weight;      // [B, n, K], columns in visiting order, as below
-  at::Tensor upper;       // [B, K, K] of damped_factor
+  at::Tensor root;        // [B, K, K] R of damped_cholesky
   at::Tensor gram;        // [B, K, K]
   at::Tensor flipping;    // [B, K, K]
   at::Tensor diagonal;    // [B, K] of flipping
@@ -120,18 +120,26 @@ void refine(const Rows& rows, const Options& options, int64_t first, const at::T
   q.add_(direction.mul_(step.ne(before)));
 }
 
-// Rounds half of the columns that are left and moves their error onto the others, until none is
-// left: w_R += d U_SS^-1 U_SR = -d H_SR (H_RR + l I)^-1.
+// Rounds half S of the columns that are left and moves its error onto the others, B, until none is
+// left: w_B -= d H_SB (H_BB + l I)^-1. As H + l I = R R^T, that is d R_SB R_BB^-1, and the sum over
+// all halves so far is what solves x R_BB = -(error so far) R_SB: only the next half needs its x.
 Solution halve(const Rows& rows, const Options& options, double factor) {
   const int64_t B = rows.weight.size(0), n = rows.weight.size(1), K = rows.weight.size(2);
   const at::Tensor scales = rows.scale * factor;
-  at::Tensor weight = rows.weight.clone();
-  Solution s{at::empty(weight.sizes(), weight.options().dtype(at::kByte)),
-             at::ones({B, n, 1}, weight.options()).mul_(factor),
-             at::zeros({B, n}, weight.options().dtype(at::kLong))};
+  const at::Tensor owed = at::zeros_like(rows.weight);  // (error so far) R
+  Solution s{at::empty(rows.weight.sizes(), rows.weight.options().dtype(at::kByte)),
+             at::ones({B, n, 1}, rows.weight.options()).mul_(factor),
+             at::zeros({B, n}, rows.weight.options().dtype(at::kLong))};
   for (int64_t first = 0, width = 0; first < K; first += width) {
     width = std::max<int64_t>(1, (K - first) / 2);
-    const at::Tensor w = weight.narrow(2, first, width);
+    const at::Tensor given = rows.weight.narrow(2, first, width);
+    const at::Tensor root = rows.root.narrow(1, first, width);
+    at::Tensor w = given;
+    if (first > 0) {
+      w = given - at::linalg_solve_triangular(root.narrow(2, first, width),
+                                              owed.narrow(2, first, width), /*upper=*/true,
+                                              /*left=*/false);
+    }
     const at::Tensor scale = columns_of(scales, first, width),
                      zero_point = columns_of(rows.zero_point, first, width);
     at::Tensor q = w.div(scale).add_(zero_point).clamp_(0.0, max_code_of(options.bits)).round_();
@@ -141,12 +149,9 @@ Solution halve(const Rows& rows, const Options& options, double factor) {
     s.codes.narrow(2, first, width).copy_(q);
     const int64_t behind = K - first - width;
     if (behind == 0) break;
-    const at::Tensor upper = rows.upper.narrow(1, first, width);
-    const at::Tensor error = at::linalg_solve_triangular(
-        upper.narrow(2, first, width), (q - zero_point).mul_(scale).sub_(w), /*upper=*/true,
-        /*left=*/false);
-    weight.narrow(2, first + width, behind)
-        .add_(at::bmm(error, upper.narrow(2, first + width, behind)));
+    const at::Tensor error = q.sub_(zero_point).mul_(scale).sub_(given);
+    owed.narrow(2, first + width, behind)
+        .add_(at::bmm(error, root.narrow(2, first + width, behind)));
   }
   return s;
 }
@@ -210,13 +215,13 @@ at::Tensor halving(const Layer& layer, const Options& options, Quantization& q) 
     return options.order == "natural" ? gram : permute_gram(gram, permutation);
   };
   const at::Tensor gram = permuted(layer.gram);
-  const DampedFactor factor = damped_factor(gram, options.ridge);
+  const DampedFactor factor = damped_cholesky(gram, options.ridge);
   // Where nothing helped, what was given is no Gram to judge flips by.
   at::Tensor flipping = permuted(layer.flipping);
   if (factor.status() == 2) flipping = flipping.masked_fill(factor.failed, 0);
   flipping = flipping.contiguous();
   const Rows rows{permute_columns(layer.weight, permutation),
-                  factor.upper.contiguous(),
+                  factor.upper,
                   gram,
                   flipping,
                   flipping.diagonal(0, 1, 2).contiguous(),
@@ -226,7 +231,7 @@ at::Tensor halving(const Layer& layer, const Options& options, Quantization& q) 
                at::empty({B, n, 1}, layer.weight.options()),
                at::empty({B, n}, layer.weight.options().dtype(at::kLong))};
   for_each_part(rows.weight, kRowsPerChunk, [&](const Part& part) {
-    const Rows some{part.rows(rows.weight),       part.problems(rows.upper),
+    const Rows some{part.rows(rows.weight),       part.problems(rows.root),
                     part.problems(rows.gram),     part.problems(rows.flipping),
                     part.problems(rows.diagonal), part.rows(rows.scale),
                     part.rows(rows.zero_point)};

@@ -5,23 +5,18 @@
 namespace torchquant {
 namespace {
 
-__device__ float gain_of(const FlipRows& all, const float* gradient, const float* step, int64_t i) {
-  return step[i] * (gradient[i] + (1.0f + kFlipMargin) * __ldg(all.diagonal + i) * step[i]);
-}
-
-__device__ float score_of(const FlipRows& all, const float* gradient, const float* step,
-                          int64_t i) {
-  if (all.best) return gain_of(all, gradient, step, i);
-  return gradient[i] * step[i] < 0.0f ? -absolute(gradient[i]) : 0.0f;
+// A row carries what its next flip is chosen by: gains or its gradient.
+__device__ float score_of(const FlipRows& all, const float* carried, const float* step, int64_t i) {
+  return all.best ? carried[i] : gradient_score(carried[i], step[i]);
 }
 
 // The first column with the least score, for every lane, or -1 where no score is below 0: the rule
 // of flips.tier.cpp.
-__device__ int64_t find_flip(const FlipRows& all, const float* gradient, const float* step) {
+__device__ int64_t find_flip(const FlipRows& all, const float* carried, const float* step) {
   float least = 0.0f;
   int column = -1;
   for (int64_t i = warp_lane(); i < all.columns; i += kWarpSize) {
-    const float score = score_of(all, gradient, step, i);
+    const float score = score_of(all, carried, step, i);
     if (score < least) {
       least = score;
       column = static_cast<int>(i);
@@ -38,19 +33,41 @@ __device__ int64_t find_flip(const FlipRows& all, const float* gradient, const f
   return first;
 }
 
+__device__ bool gains(const FlipRows& all, const float* carried, const float* step, int64_t i) {
+  return all.best || flip_gain(carried[i], __ldg(all.diagonal + i), step[i]) < 0.0f;
+}
+
+__device__ void start_from_gains(const FlipRows& all, float* carried, const float* step) {
+  for (int64_t k = warp_lane(); k < all.columns; k += kWarpSize)
+    carried[k] = flip_gain(carried[k], __ldg(all.diagonal + k), step[k]);
+  __syncwarp();
+}
+
+// Flips column i and carries on.
+__device__ void flip(const FlipRows& all, float* carried, float* step, int64_t i) {
+  const float factor = 2.0f * step[i];
+  const float* gram = all.gram + i * all.gram_stride;
+  __syncwarp();
+  if (warp_lane() == 0) {
+    if (all.best) carried[i] = gain_of_flip_back(carried[i], __ldg(all.diagonal + i), step[i]);
+    step[i] = -step[i];
+  }
+  __syncwarp();
+  for (int64_t k = warp_lane(); k < all.columns; k += kWarpSize) {
+    const float change = factor * __ldg(gram + k);
+    carried[k] += all.best ? change * step[k] : change;
+  }
+  __syncwarp();
+}
+
 // One warp a row.
-__device__ int64_t flip_row(const FlipRows& all, float* gradient, float* step) {
+__device__ int64_t flip_row(const FlipRows& all, float* carried, float* step) {
+  if (all.best) start_from_gains(all, carried, step);
   int64_t flips = 0;
   for (; flips < all.steps; ++flips) {
-    const int64_t i = find_flip(all, gradient, step);
-    if (i < 0 || !(gain_of(all, gradient, step, i) < 0.0f)) break;
-    const float factor = 2.0f * step[i];
-    const float* gram = all.gram + i * all.gram_stride;
-    __syncwarp();
-    for (int64_t k = warp_lane(); k < all.columns; k += kWarpSize)
-      gradient[k] += factor * __ldg(gram + k);
-    if (warp_lane() == 0) step[i] = -step[i];
-    __syncwarp();
+    const int64_t i = find_flip(all, carried, step);
+    if (i < 0 || !gains(all, carried, step, i)) break;
+    flip(all, carried, step, i);
   }
   return flips;
 }

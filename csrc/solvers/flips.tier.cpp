@@ -4,72 +4,82 @@ namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
 constexpr int64_t kLanes = 16;  // the least of so many columns at a time, then the least of those
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using UnalignedFloats =
+    float __attribute__((vector_size(4 * kLanes), aligned(alignof(float)), may_alias));
 
-inline float gain_of(float gradient, float diagonal, float step) {
-  return step * (gradient + (1.0f + kFlipMargin) * diagonal * step);
+#define LOAD(pointer) (static_cast<Floats>(*reinterpret_cast<const UnalignedFloats*>(pointer)))
+#define STORE(pointer, value) (*reinterpret_cast<UnalignedFloats*>(pointer) = (value))
+
+// The first column with the least score, or -1 where no score is below 0.
+inline int64_t first_of_least(const Floats& score, const Ints& column) {
+  float lowest = 0.0f;
+  for (int64_t l = 0; l < kLanes; ++l) lowest = score[l] < lowest ? score[l] : lowest;
+  if (!(lowest < 0.0f)) return -1;
+  int32_t first = INT32_MAX;
+  for (int64_t l = 0; l < kLanes; ++l)
+    first = score[l] == lowest && column[l] < first ? column[l] : first;
+  return first;
 }
 
-// What is to be least: what the flip adds to the objective, or minus |g| of a flip that goes
-// against the gradient. Flips that may not be are at 0.
+// One row: what it carries, gains or gradient, and the steps of its flips.
 template <bool kBest>
-inline float score_of(float gradient, float diagonal, float step) {
-  if constexpr (kBest) return gain_of(gradient, diagonal, step);
-  return gradient * step < 0.0f ? -absolute(gradient) : 0.0f;
-}
+struct Row {
+  int64_t columns;
+  float* __restrict__ carried;
+  float* __restrict__ step;
 
-// The least score and the first column that has it.
-struct Least {
-  float score[kLanes] = {};
-  int32_t column[kLanes] = {};
-
-  void see(int64_t lane, float other, int64_t other_column) {
-    const bool lower = other < score[lane];
-    score[lane] = lower ? other : score[lane];
-    column[lane] = lower ? static_cast<int32_t>(other_column) : column[lane];
-  }
-
-  int64_t first() const {  // -1 where no score is below 0
-    float lowest = 0.0f;
-    for (int64_t l = 0; l < kLanes; ++l) lowest = score[l] < lowest ? score[l] : lowest;
-    if (!(lowest < 0.0f)) return -1;
-    int32_t least = INT32_MAX;
-    for (int64_t l = 0; l < kLanes; ++l)
-      least = score[l] == lowest && column[l] < least ? column[l] : least;
-    return least;
+  // Carries on by factor * gram and finds the next flip on the way.
+  int64_t find_flip(float factor, const float* __restrict__ gram) const {
+    Floats least = {};
+    Ints column = {}, now = {};
+    for (int64_t l = 0; l < kLanes; ++l) now[l] = static_cast<int32_t>(l);
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes, now += static_cast<int32_t>(kLanes)) {
+      const Floats d = LOAD(step + i);
+      Floats change = factor * LOAD(gram + i);
+      if constexpr (kBest) change *= d;
+      const Floats sum = LOAD(carried + i) + change;
+      STORE(carried + i, sum);
+      Floats score = sum;
+      if constexpr (!kBest) {
+        const Floats size = sum < 0.0f ? sum : -sum;
+        score = sum * d < 0.0f ? size : Floats{};
+      }
+      const Ints lower = score < least;
+      least = lower ? score : least;
+      column = lower ? now : column;
+    }
+    for (; i < columns; ++i) {
+      const float change = factor * gram[i];
+      carried[i] += kBest ? change * step[i] : change;
+      const float score = kBest ? carried[i] : gradient_score(carried[i], step[i]);
+      const int64_t lane = i % kLanes;
+      if (score < least[lane]) {
+        least[lane] = score;
+        column[lane] = static_cast<int32_t>(i);
+      }
+    }
+    return first_of_least(least, column);
   }
 };
 
-// gradient += factor * gram on the way to the next flip.
 template <bool kBest>
-int64_t find_flip(int64_t columns, const float* __restrict__ diagonal,
-                  const float* __restrict__ step, const float* __restrict__ gram, float factor,
-                  float* __restrict__ gradient) {
-  Least least;
-  int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const float g = gradient[i + l] + factor * gram[i + l];
-      gradient[i + l] = g;
-      least.see(l, score_of<kBest>(g, diagonal[i + l], step[i + l]), i + l);
-    }
+int64_t flip_row(const FlipRows& all, float* carried, float* step) {
+  const Row<kBest> row{all.columns, carried, step};
+  if (kBest) {
+    for (int64_t i = 0; i < all.columns; ++i)
+      carried[i] = flip_gain(carried[i], all.diagonal[i], step[i]);
   }
-  for (; i < columns; ++i) {
-    gradient[i] += factor * gram[i];
-    least.see(i % kLanes, score_of<kBest>(gradient[i], diagonal[i], step[i]), i);
-  }
-  return least.first();
-}
-
-template <bool kBest>
-int64_t flip_row(const FlipRows& all, float* gradient, float* step) {
   int64_t flips = 0;
-  int64_t i = find_flip<kBest>(all.columns, all.diagonal, step, all.gram, 0.0f, gradient);
+  int64_t i = row.find_flip(0.0f, all.gram);
   for (; flips < all.steps; ++flips) {
-    if (i < 0 || !(gain_of(gradient[i], all.diagonal[i], step[i]) < 0.0f)) break;
+    if (i < 0 || (!kBest && !(flip_gain(carried[i], all.diagonal[i], step[i]) < 0.0f))) break;
     const float factor = 2.0f * step[i];
+    if (kBest) carried[i] = gain_of_flip_back(carried[i], all.diagonal[i], step[i]);
     step[i] = -step[i];
-    i = find_flip<kBest>(all.columns, all.diagonal, step, all.gram + i * all.gram_stride, factor,
-                         gradient);
+    i = row.find_flip(factor, all.gram + i * all.gram_stride);
   }
   return flips;
 }
@@ -78,10 +88,10 @@ int64_t flip_row(const FlipRows& all, float* gradient, float* step) {
 
 void flip_rows(const FlipRows& all) {
   for (int64_t row = 0; row < all.rows; ++row) {
-    float* gradient = all.gradient + row * all.columns;
+    float* carried = all.gradient + row * all.columns;
     float* step = all.step + row * all.columns;
     all.flips[row] +=
-        all.best ? flip_row<true>(all, gradient, step) : flip_row<false>(all, gradient, step);
+        all.best ? flip_row<true>(all, carried, step) : flip_row<false>(all, carried, step);
   }
 }
 

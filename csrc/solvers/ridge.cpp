@@ -1,11 +1,13 @@
 // Aqer of ERQ (arXiv 2407.06794): the float weight that answers best for quantized inputs. With
 // H = X~^T X~ and C = X~^T X of the quantized inputs X~ and the float ones X,
 //   min_D |X W^T - X~ (W + D)^T|^2 + l |D|^2   has   D (H + l I) = W (C - H)^T.
-// In float64: small ridges leave the condition of H, and LAPACK's last bits, which depend on the
-// number of threads, then hardly ever reach the float32 result.
+// With a ridge that bounds the condition of H + l I, float32 Grams are solved in float32: their own
+// rounding moves D as much. All else is in float64.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_solve_triangular.h>
@@ -34,6 +36,7 @@ namespace {
 constexpr int64_t kRowsPerChunk = 192;
 constexpr int kRaises = 3;             // how often a ridge that is too small is raised tenfold
 constexpr double kFirstRaised = 1e-6;  // at least
+constexpr double kFloatRidge = 0.01;   // from here on float32 is enough for float32 Grams
 
 struct BiasRule {
   bool column;     // the last column is the bias
@@ -42,7 +45,7 @@ struct BiasRule {
 };
 
 struct RidgeProblem {
-  at::Tensor weight;  // float64 [B, n, K], contiguous
+  at::Tensor weight;  // float32 [B, n, K], contiguous
   at::Tensor gram;    // [B, K, K]
   at::Tensor change;  // [B, K, K] C - H, of the Grams' dtype: no better known than that
   at::Tensor unit;    // [B, 1] mean squared input, the bias left out: a ridge is relative to it
@@ -70,7 +73,7 @@ RidgeProblem ridge_problem(const char* op, const at::Tensor& weight, const at::T
                     ": bias_column needs the bias as the last column of weight, got no columns");
   const int64_t B = gram.dim() == 3 ? gram.size(0) : 1, n = weight.size(0) / B;
   RidgeProblem p;
-  p.weight = weight.to(at::kDouble).contiguous().view({B, n, K});
+  p.weight = weight.to(at::kFloat).contiguous().view({B, n, K});
   p.gram = checked_gram(op, "gram", gram, gram);
   p.change = checked_gram(op, "cross", cross, gram).sub(p.gram);
   const at::Tensor inputs =
@@ -80,30 +83,34 @@ RidgeProblem ridge_problem(const char* op, const at::Tensor& weight, const at::T
   return p;
 }
 
-// float64 H + l I
-at::Tensor with_ridge(const RidgeProblem& p, const at::Tensor& ridge, const BiasRule& bias) {
-  const at::Tensor damped = p.gram.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+at::Tensor with_ridge(const RidgeProblem& p, const at::Tensor& ridge, const BiasRule& bias,
+                      at::ScalarType type) {
+  const at::Tensor damped = p.gram.to(type, /*non_blocking=*/false, /*copy=*/true);
   const int64_t K = damped.size(1);
   damped.diagonal(0, 1, 2).narrow(1, 0, bias.free() ? K - 1 : K).add_(ridge);
   return damped;
 }
 
-// The lower Cholesky factor of H + l I, with l raised where H is not positive definite.
+// R with H + l I = R R^T, with l raised where H is not positive definite.
 at::Tensor ridge_factor(const char* op, const RidgeProblem& p, double ridge, BiasRule bias) {
   at::Tensor amount = p.unit * ridge;
-  at::Tensor lower = with_ridge(p, amount, bias);
-  at::Tensor failed = cholesky_(lower).view({-1, 1});
+  if (ridge >= kFloatRidge && p.change.scalar_type() == at::kFloat) {
+    const at::Tensor upper = with_ridge(p, amount, bias, at::kFloat);
+    if (!cholesky_(upper).any().item<bool>()) return upper;
+  }
+  at::Tensor upper = with_ridge(p, amount, bias, at::kDouble);
+  at::Tensor failed = cholesky_(upper).view({-1, 1});
   bias.penalized = true;  // an empty bias column needs the raised ridge as well
   for (int raise = 0; raise < kRaises && failed.any().item<bool>(); ++raise) {
     amount = at::maximum(amount * 10, p.unit * kFirstRaised);
-    const at::Tensor raised = with_ridge(p, amount, bias);
+    const at::Tensor raised = with_ridge(p, amount, bias, at::kDouble);
     const at::Tensor still = cholesky_(raised).view({-1, 1});
-    lower = at::where(failed.unsqueeze(2), raised, lower);
+    upper = at::where(failed.unsqueeze(2), raised, upper);
     failed = failed.logical_and(still);
   }
   TORCH_CHECK_VALUE(!failed.any().item<bool>(), op, ": gram + ridge is not positive definite at ",
                     ridge, " nor at thousandfold: is gram a Gram matrix?");
-  return lower;
+  return upper;
 }
 
 at::Tensor ridge_update(const at::Tensor& weight, const at::Tensor& gram, const at::Tensor& cross,
@@ -113,19 +120,20 @@ at::Tensor ridge_update(const at::Tensor& weight, const at::Tensor& gram, const 
                     ": ridge must be finite and not negative, got ", ridge);
   const BiasRule bias{bias_column, penalize_bias};
   const c10::DeviceGuard guard(weight.device());
+  const at::NoTF32Guard no_tf32;
   const RidgeProblem p = ridge_problem(op, weight, gram, cross, bias);
   if (weight.numel() == 0) return at::empty(weight.sizes(), weight.options().dtype(at::kFloat));
 
-  at::Tensor lower;
-  const auto factor = [&] { lower = ridge_factor(op, p, ridge, bias); };
+  at::Tensor upper;
+  const auto factor = [&] { upper = ridge_factor(op, p, ridge, bias); };
   p.weight.is_cuda() ? factor() : run_on_one_thread(factor);
-  at::Tensor result = at::empty(p.weight.sizes(), p.weight.options().dtype(at::kFloat));
+  at::Tensor result = at::empty_like(p.weight);
   for_each_part(p.weight, kRowsPerChunk, [&](const Part& part) {
-    const at::Tensor rows = part.rows(p.weight), l = part.problems(lower);
+    const at::Tensor rows = part.rows(p.weight), r = part.problems(upper);
     const at::Tensor known = part.problems(p.change);
-    at::Tensor change = at::bmm(rows.to(known.scalar_type()), known.mT()).to(at::kDouble);
-    change = at::linalg_solve_triangular(l.mT(), change, /*upper=*/true, /*left=*/false);
-    change = at::linalg_solve_triangular(l, change, /*upper=*/false, /*left=*/false);
+    at::Tensor change = at::bmm(rows.to(known.scalar_type()), known.mT()).to(r.scalar_type());
+    change = at::linalg_solve_triangular(r.mT(), change, /*upper=*/false, /*left=*/false);
+    change = at::linalg_solve_triangular(r, change, /*upper=*/true, /*left=*/false);
     part.rows(result).copy_(change.add_(rows));
   });
   return result.view(weight.sizes());
@@ -165,7 +173,7 @@ RidgePath ridge_path(const at::Tensor& gram, const at::Tensor& right, const Bias
 // E = D^T, tr(E^T H2 E) + 2 tr(E^T (H2 - C2) W^T).
 at::Tensor path_errors(const RidgeProblem& fit, const RidgeProblem& heldout, int64_t problem,
                        const at::Tensor& ridges, const BiasRule& bias) {
-  const at::Tensor w = fit.weight.select(0, problem).t();  // [K, n]
+  const at::Tensor w = fit.weight.select(0, problem).t().to(at::kDouble);  // [K, n]
   const RidgePath path = ridge_path(fit.gram.select(0, problem).to(at::kDouble),
                                     at::mm(fit.change.select(0, problem).to(at::kDouble), w), bias);
   const at::Tensor gram = heldout.gram.select(0, problem).to(at::kDouble);
@@ -197,7 +205,7 @@ at::Tensor ridge_errors(const at::Tensor& weight, const at::Tensor& gram, const 
   const RidgeProblem fit = ridge_problem(op, weight, gram, cross, bias);
   check_shape(op, "heldout_gram", heldout_gram, gram.sizes());
   const RidgeProblem heldout = ridge_problem(op, weight, heldout_gram, heldout_cross, bias);
-  const at::Tensor amounts = at::tensor(ridges, fit.weight.options());
+  const at::Tensor amounts = at::tensor(ridges, fit.unit.options());
   at::Tensor errors = at::zeros_like(amounts);
   if (weight.numel() == 0) return errors;
   const auto add_errors = [&] {

@@ -88,6 +88,20 @@ def test_lowers_the_penalized_error_and_a_larger_ridge_moves_less(place):
     assert moves == sorted(moves, reverse=True) and moves[-1] < 1e-6 * moves[0]
 
 
+@pytest.mark.parametrize("tokens", [60, 900])
+@pytest.mark.parametrize("ridge", [1e-3, 0.01, 0.1])
+def test_solving_in_float32_loses_no_more_than_rounding_the_grams(place, tokens, ridge):
+    inputs, weight = Inputs(tokens, 300), heavy_tailed(40, 300)
+    exact = [t.to(place) for t in (inputs.gram, inputs.cross)]
+    rounded = [t.float() for t in exact]
+    wanted, known, got = (
+        ridge_update(weight.to(place), *grams, ridge=ridge).cpu()
+        for grams in (exact, [t.double() for t in rounded], rounded)
+    )
+    assert (got - known).norm() < 2 * (known - wanted).norm() < 1e-2 * (wanted - weight).norm()
+    assert abs(inputs.error(weight, got) - inputs.error(weight, wanted)) < 1e-6 * inputs.error(weight, weight)
+
+
 def test_equal_inputs_leave_the_weight(place):
     inputs, weight = Inputs(50, 20), heavy_tailed(6, 20).to(place)
     gram = inputs.gram.to(place)

@@ -35,7 +35,8 @@ def ridge_update(
         penalize_bias: the ridge holds the bias back too, as in the released code.
 
     Returns:
-        float32 ``[N, K]``; computed in float64, so that the number of threads hardly ever reaches a last bit.
+        float32 ``[N, K]``, the same for any number of threads. Computed in float64, but float32 Grams with a ridge of
+        0.01 or more in float32: there their own rounding moves the result as much.
 
     Raises:
         ValueError: wrong shape, device or option, a NaN or Inf, or a gram that is no Gram. TypeError: wrong dtype.
