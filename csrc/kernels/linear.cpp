@@ -143,8 +143,8 @@ void multiply(const PackedProduct& all) {
   constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs, kMostRows = 256;
   const int64_t panels = (all.last_tile + kPanelTiles - 1) / kPanelTiles;
   const int64_t chunks = (all.rows + kMostRows - 1) / kMostRows;
-  const int64_t rows = (all.rows + chunks - 1) / chunks;
-  const int64_t products = rows * depth * kPanelOutputs;
+  const int64_t rows = padded((all.rows + chunks - 1) / chunks, 2 * kTileOutputs);
+  const int64_t products = std::min(rows, all.rows) * depth * kPanelOutputs;
   const int64_t grain = std::max<int64_t>(kTaskProducts / std::max<int64_t>(products, 1), 1);
   at::parallel_for(0, panels * chunks, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {

@@ -41,12 +41,13 @@ inline std::ostream& operator<<(std::ostream& out, const LinearCase& c) {
 }
 
 // `count` cases of odd sizes, the same in every run.
-inline std::vector<LinearCase> linear_cases(int64_t count) {
+inline std::vector<LinearCase> linear_cases(int64_t count, const std::vector<int64_t>& rows = {
+                                                               1, 1, 2, 3, 4, 5, 6, 7, 13}) {
   std::mt19937 engine(11);
   const auto pick = [&](std::vector<int64_t> from) { return from[engine() % from.size()]; };
   std::vector<LinearCase> cases;
   for (int64_t i = 0; i < count; ++i) {
-    LinearCase c{pick({1, 1, 2, 3, 4, 5, 6, 7, 13, 20, 33, 50}),
+    LinearCase c{pick(rows),
                  pick({1, 15, 16, 17, 64, 70, 131}),
                  pick({1, 3, 31, 32, 33, 100, 257, 600}),
                  pick({2, 3, 4, 6, 8}),
