@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from . import bench_linear, bench_networks, race, report
+from . import bench_conv, bench_linear, bench_networks, race, report
 from .bench_solvers import CASES, contests
 from .harness import Result, machine, measure
 
 # Cases with tables of their own: (shapes, rounds, threads, show) -> results, Markdown.
 SECTIONS: dict[str, Callable[..., tuple[list[Result], str]]] = {
     "linear": bench_linear.run,
+    "conv": bench_conv.run,
     "networks": bench_networks.run,
 }
 ACTIVATIONS = ("erq", "histogram", "sulq", "subset")  # of CASES: in a table behind that of the weights

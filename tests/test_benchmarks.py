@@ -87,6 +87,26 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert cells["ONNX Runtime float32"] == "-" and cells["torch float32"].endswith("(1)")
 
 
+def test_convolutions_are_checked_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_conv
+    from benchmarks.bench_conv import Layer
+    from benchmarks.harness import CheckFailed
+    from torchquant import kernels
+
+    layers = (Layer(6, 8, 12, channels_last=True), Layer(7, 8, 12, 3, 2), Layer(7, 8, 8, 5, groups=8))
+    monkeypatch.setattr(bench_conv, "LAYERS", layers)
+    results, text = bench_conv.run((), 1, 1, lambda line: None)
+    assert {result.shape for result in results} == {layer.name for layer in layers}
+    assert {"conv, W4A8, static", "conv, W8A8, codes", "conv, W4A16, dynamic"} <= {result.case for result in results}
+    assert "torch float32" in {result.peer for result in results}
+    assert "| depthwise 5x5, 7x7, 8 to 8 | W4A8, static |" in text
+
+    convolution = kernels.quantized_conv2d
+    monkeypatch.setattr(kernels, "quantized_conv2d", lambda *args, **options: 1.25 * convolution(*args, **options))
+    with pytest.raises(CheckFailed, match=r"conv: W4A8, static is 0.25 off"):
+        bench_conv.make_race(layers[0], 1)
+
+
 def test_networks_are_checked_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_networks
 
