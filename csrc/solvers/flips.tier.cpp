@@ -3,7 +3,15 @@
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-constexpr int64_t kLanes = 16;  // the least of so many columns at a time, then the least of those
+// As many columns at a time as fit a register of the tier: wider vectors are taken apart. The first
+// column with the least score does not depend on it.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using UnalignedFloats =
@@ -12,15 +20,19 @@ using UnalignedFloats =
 #define LOAD(pointer) (static_cast<Floats>(*reinterpret_cast<const UnalignedFloats*>(pointer)))
 #define STORE(pointer, value) (*reinterpret_cast<UnalignedFloats*>(pointer) = (value))
 
-// The first column with the least score, or -1 where no score is below 0.
-inline int64_t first_of_least(const Floats& score, const Ints& column) {
-  float lowest = 0.0f;
-  for (int64_t l = 0; l < kLanes; ++l) lowest = score[l] < lowest ? score[l] : lowest;
-  if (!(lowest < 0.0f)) return -1;
-  int32_t first = INT32_MAX;
-  for (int64_t l = 0; l < kLanes; ++l)
-    first = score[l] == lowest && column[l] < first ? column[l] : first;
-  return first;
+// Into each lane what comes first of it and the lane n behind it.
+template <int64_t n>
+inline void fold(Floats& score, Ints& column) {
+  Floats other = {};
+  Ints its = {};
+  for (int64_t l = 0; l < kLanes; ++l) {
+    other[l] = score[(l + n) % kLanes];
+    its[l] = column[(l + n) % kLanes];
+  }
+  const Ints before = (other < score) | ((other == score) & (its < column));
+  score = before ? other : score;
+  column = before ? its : column;
+  if constexpr (n > 1) fold<n / 2>(score, column);
 }
 
 // One row: what it carries, gains or gradient, and the steps of its flips.
@@ -30,7 +42,8 @@ struct Row {
   float* __restrict__ carried;
   float* __restrict__ step;
 
-  // Carries on by factor * gram and finds the next flip on the way.
+  // Carries on by factor * gram and finds the next flip on the way: the first column with the least
+  // score, or -1 where no score is below 0.
   int64_t find_flip(float factor, const float* __restrict__ gram) const {
     Floats least = {};
     Ints column = {}, now = {};
@@ -61,7 +74,8 @@ struct Row {
         column[lane] = static_cast<int32_t>(i);
       }
     }
-    return first_of_least(least, column);
+    fold<kLanes / 2>(least, column);
+    return least[0] < 0.0f ? column[0] : -1;
   }
 };
 
