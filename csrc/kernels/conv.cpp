@@ -96,7 +96,8 @@ at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const
   const int64_t columns = in_channels / groups * s.kernel.area();
   const bool depthwise = is_depthwise(groups, columns, s.kernel.area(), group_size);
   const bool was_channels_last = input.channels_last();
-  if (depthwise) input.make_contiguous();
+  const bool multiplied = depthwise && out_channels != in_channels;
+  if (multiplied) input.make_contiguous();
   at::Tensor own_bias;
   if (bias.has_value()) {
     check_shape(kOp, "bias", *bias, {out_channels});
@@ -109,7 +110,9 @@ at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const
                     at::empty({s.batch, s.outputs, s.out.h, s.out.w},
                               at::TensorOptions(at::kFloat).memory_format(format))};
   if (depthwise) {
-    run_depthwise(kOp, s, input, {packed, grid}, output);
+    check_depthwise_weight(kOp, s, {packed, grid});
+    input.channels_last() ? run_depthwise_pixels(s, input, {packed, grid}, output)
+                          : run_depthwise(s, input, {packed, grid}, output);
   } else {
     std::vector<Prepacked> weights =
         weights_of(s, {packed, grid, levels, bits, columns, out_channels / groups, group_size});

@@ -126,6 +126,7 @@ struct DepthwisePlane {
   const float* sum;        // [outputs]: of the row's values
   const float* bias;       // [outputs], or null
   Epilogue epilogue;
+  CpuTier tier;       // for instructions beside the tier's code
   int16_t* integers;  // [H, W]
   int16_t* plane;     // [padded h + dilation h, pitch * stride w]
   int32_t* pairs;     // [stride h, stride w, phase_size], and the same of the padding
@@ -137,10 +138,45 @@ struct DepthwisePlane {
   bool* finite;
 };
 
+// Some channels, each with one output, of output rows [first_row, last_row) of one sample, channels
+// last. Integer rows lie as row pairs (Note [row pairs]) of `width` lanes a pixel, in a ring of the
+// rows that one output row reaches.
+struct DepthwisePixels {
+  const ConvShape* shape;
+  const float* x;  // [H, W, C] from the first of these channels on, or null: codes are given
+  const uint8_t* codes;
+  IntegerGrid grid;
+  int32_t fill;
+  float a_scale;
+  float a_zero;
+  float fill_error;  // a_zero - fill
+  int64_t channels;
+  int64_t width;  // channels padded to kPixelLanes
+  int64_t first_row;
+  int64_t last_row;
+  int64_t pair_taps;
+  int64_t weight_stride;
+  const int32_t* weight;  // [pair_taps, weight_stride]: pairs
+  const int32_t* ones;    // the same with 1 on every tap
+  const float* scale;     // [width], as all that follow: padded with zeros
+  const float* offset;
+  const float* sum;
+  const float* bias;
+  Epilogue epilogue;
+  CpuTier tier;            // for instructions beside the tier's code
+  int32_t* pairs;          // [reach, padded w, width]
+  int32_t* padding_pairs;  // the same of the padding
+  const int32_t** taps;    // [2, pair_taps]
+  float* out;              // [out h, out w, C] from the first of these channels on
+  bool* finite;
+};
+constexpr int64_t kPixelLanes = 16;  // a multiple of what the kernels take at once
+
 TORCHQUANT_TIER_LEAF(largest_magnitude, LargestMagnitude)
 TORCHQUANT_TIER_LEAF(quantize_image, QuantizeImage)
 TORCHQUANT_TIER_LEAF(gather_rows, GatherRows)
 TORCHQUANT_TIER_LEAF(store_rows, StoreRows)
 TORCHQUANT_TIER_LEAF(depthwise_plane, DepthwisePlane)
+TORCHQUANT_TIER_LEAF(depthwise_pixels, DepthwisePixels)
 
 }  // namespace torchquant

@@ -1,9 +1,6 @@
 #include <csrc/kernels/conv_quantize.h>
+#include <csrc/kernels/conv_vectors.h>
 #include <csrc/kernels/linear_tile.h>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -37,6 +34,15 @@ void scatter(const To* integers, int64_t pixels, int64_t channels, To* const* ta
   }
 }
 
+template <class To>
+void make_integers(const QuantizeImage& q, const uint8_t* codes, int64_t count, To* a) {
+  integers_of(q.grid, codes, count, a);
+}
+template <class To>
+void make_integers(const QuantizeImage& q, const float* x, int64_t count, To* a) {
+  if (!value_integers(q.grid, x, count, a)) *q.finite = false;
+}
+
 template <class From, class To>
 void from_planes(const QuantizeImage& q, const From* x, To* image) {
   constexpr int64_t kStep = kLanes<To>;
@@ -48,7 +54,7 @@ void from_planes(const QuantizeImage& q, const From* x, To* image) {
     for (int64_t c = 0; c < q.channels; c += kStep) {
       const int64_t channels = q.channels - c < kStep ? q.channels - c : kStep;
       for (int64_t i = 0; i < channels; ++i)
-        integers_of(q.grid, x + (c + i) * q.size.area() + first, pixels, integers + i * kPixels);
+        make_integers(q, x + (c + i) * q.size.area() + first, pixels, integers + i * kPixels);
       scatter(integers, pixels, channels, targets);
       for (int64_t p = 0; p < pixels; ++p) targets[p] += kStep;
     }
@@ -61,8 +67,8 @@ void from_pixels(const QuantizeImage& q, const From* x, To* image) {
   for (int64_t first = q.first; first < q.last;) {
     const int64_t row_end = (first / q.size.w + 1) * q.size.w;
     const int64_t end = row_end < q.last ? row_end : q.last;
-    integers_of(q.grid, x + first * q.channels, (end - first) * q.channels,
-                image + pixel_offset(q, first));
+    make_integers(q, x + first * q.channels, (end - first) * q.channels,
+                  image + pixel_offset(q, first));
     first = end;
   }
 }
@@ -71,18 +77,6 @@ template <class From>
 void quantize_from(const QuantizeImage& q, const From* x) {
   if (q.channels_last) return q.wide ? from_pixels(q, x, q.wide) : from_pixels(q, x, q.narrow);
   q.wide ? from_planes(q, x, q.wide) : from_planes(q, x, q.narrow);
-}
-
-bool pixels_are_finite(const QuantizeImage& q) {
-  int32_t largest = 0;
-  const int64_t count = q.last - q.first;
-  const int64_t runs = q.channels_last ? 1 : q.channels;
-  for (int64_t c = 0; c < runs; ++c) {
-    const int64_t from = q.channels_last ? q.first * q.channels : c * q.size.area() + q.first;
-    const int32_t bits = magnitude_bits(q.x + from, q.channels_last ? count * q.channels : count);
-    largest = largest > bits ? largest : bits;
-  }
-  return largest <= kFiniteBits;
 }
 
 // Sum of whole blocks of 32.
@@ -178,9 +172,7 @@ void store_transposed(const StoreRows& s) {
 void largest_magnitude(const LargestMagnitude& m) { *m.bits = magnitude_bits(m.x, m.count); }
 
 void quantize_image(const QuantizeImage& q) {
-  if (q.x == nullptr) return quantize_from(q, q.codes);
-  if (q.grid.scale != 0.0f && !pixels_are_finite(q)) *q.finite = false;
-  quantize_from(q, q.x);
+  q.x != nullptr ? quantize_from(q, q.x) : quantize_from(q, q.codes);
 }
 
 void gather_rows(const GatherRows& g) {

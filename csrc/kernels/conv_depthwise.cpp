@@ -10,7 +10,7 @@ namespace torchquant {
 namespace {
 
 constexpr int64_t kTaskOutputs = 1 << 13;
-constexpr int64_t kVector = 8;  // outputs that the kernel takes at once
+constexpr int64_t kVector = 16;  // at least what the kernel takes at once
 
 // See Note [row pairs].
 struct PairLayout {
@@ -44,15 +44,6 @@ struct Workspace {
   std::vector<float> values;
 };
 
-void check_weight(const char* op, const ConvShape& s, const DepthwiseWeight& weight) {
-  TORCH_CHECK_TYPE(
-      weight.packed.scalar_type() == at::kShort && weight.grid.scalar_type() == at::kFloat, op,
-      ": packed must be int16 and grid float32 of a depthwise convolution, got ",
-      weight.packed.scalar_type(), " and ", weight.grid.scalar_type());
-  check_shape(op, "packed", weight.packed, {s.outputs, pair_taps(s.kernel), 2});
-  check_shape(op, "grid", weight.grid, {3, s.outputs});
-}
-
 // Where a pair of taps reads, and ones on its taps.
 struct Taps {
   Taps(const ConvShape& s, const PairLayout& layout) {
@@ -74,9 +65,17 @@ struct Taps {
 
 }  // namespace
 
-void run_depthwise(const char* op, const ConvShape& s, const ConvInput& input,
-                   const DepthwiseWeight& weight, const ConvOutput& output) {
-  check_weight(op, s, weight);
+void check_depthwise_weight(const char* op, const ConvShape& s, const DepthwiseWeight& weight) {
+  TORCH_CHECK_TYPE(
+      weight.packed.scalar_type() == at::kShort && weight.grid.scalar_type() == at::kFloat, op,
+      ": packed must be int16 and grid float32 of a depthwise convolution, got ",
+      weight.packed.scalar_type(), " and ", weight.grid.scalar_type());
+  check_shape(op, "packed", weight.packed, {s.outputs, pair_taps(s.kernel), 2});
+  check_shape(op, "grid", weight.grid, {3, s.outputs});
+}
+
+void run_depthwise(const ConvShape& s, const ConvInput& input, const DepthwiseWeight& weight,
+                   const ConvOutput& output) {
   const at::Tensor packed = weight.packed.contiguous(), grid = weight.grid.contiguous();
   const float* const numbers = grid.const_data_ptr<float>();
   const int64_t multiplier = s.outputs / s.groups;
@@ -116,6 +115,7 @@ void run_depthwise(const char* op, const ConvShape& s, const ConvInput& input,
       d.sum = numbers + 2 * s.outputs + n;
       d.bias = output.bias == nullptr ? nullptr : output.bias + n;
       d.epilogue = output.epilogue;
+      d.tier = cpu_tier();
       d.integers = own.integers.data();
       d.values = own.values.data();
       d.plane = own.plane.data();

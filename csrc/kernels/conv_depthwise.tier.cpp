@@ -1,14 +1,9 @@
 #include <csrc/kernels/conv_quantize.h>
+#include <csrc/kernels/conv_vectors.h>
 #include <csrc/kernels/linear_tile.h>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
-
-constexpr int64_t kVector = 8;  // outputs of a vector
 
 // Lines of sums: D, S, and the same of the padding.
 enum Line { kProducts, kInputs, kPaddingWeights, kPaddingTaps };
@@ -60,51 +55,44 @@ void pair_rows(const DepthwisePlane& d, int32_t* pairs) {
   }
 }
 
-#if defined(__AVX2__)
 // V vectors of results, from `pairs` on.
-template <int V>
+template <int V, bool kDot>
 inline __attribute__((always_inline)) void sum_vectors(const DepthwisePlane& d,
                                                        const int32_t* pairs, const int32_t* weight,
                                                        int32_t* sums) {
-  __m256i total[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) total[v] = _mm256_setzero_si256();
+  Ints total[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) total[v] = Ints{};
   for (int64_t t = 0; t < d.pair_taps; ++t) {
-    const __m256i w = _mm256_set1_epi32(weight[t]);
-    const int32_t* const at = pairs + d.offsets[t];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + v * kVector));
-      total[v] = _mm256_add_epi32(total[v], _mm256_madd_epi16(a, w));
-    }
+    const Ints w = Ints{} + weight[t];
+    const int32_t* at = pairs + d.offsets[t];
+    asm("" : "+r"(at));  // else g++ keeps a register for each of the addresses, and spills
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      total[v] = add_pairs<kDot>(total[v], load<Ints>(at + v * kVectorLanes), w);
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + v * kVector), total[v]);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(total[v], sums + v * kVectorLanes);
+}
+
+template <bool kDot>
+void sum_positions(const DepthwisePlane& d, const int32_t* pairs, const int32_t* weight,
+                   int32_t* sums) {
+  constexpr int64_t kMost = 8;
+  int64_t i = 0;
+  for (; i + (kMost - 1) * kVectorLanes < d.positions; i += kMost * kVectorLanes)
+    sum_vectors<kMost, kDot>(d, pairs + i, weight, sums + i);
+  for (; i + kVectorLanes < d.positions; i += 2 * kVectorLanes)
+    sum_vectors<2, kDot>(d, pairs + i, weight, sums + i);
+  for (; i < d.positions; i += kVectorLanes) sum_vectors<1, kDot>(d, pairs + i, weight, sums + i);
 }
 
 void sum_taps(const DepthwisePlane& d, const int32_t* pairs, const int16_t* weight, int32_t* sums) {
   using AnyInt32 = int32_t __attribute__((may_alias));
   const auto* const both = reinterpret_cast<const AnyInt32*>(weight);
-  int64_t i = 0;
-  for (; i + 3 * kVector < d.positions; i += 4 * kVector)
-    sum_vectors<4>(d, pairs + i, both, sums + i);
-  for (; i < d.positions; i += kVector) sum_vectors<1>(d, pairs + i, both, sums + i);
+  d.tier == CpuTier::avx512 ? sum_positions<false>(d, pairs, both, sums)
+                            : sum_positions<true>(d, pairs, both, sums);
 }
-#else
-void sum_taps(const DepthwisePlane& d, const int32_t* pairs, const int16_t* weight,
-              int32_t* __restrict__ sums) {
-  for (int64_t i = 0; i < d.positions; ++i) sums[i] = 0;
-  for (int64_t t = 0; t < d.pair_taps; ++t) {
-    const int32_t first = weight[2 * t], second = weight[2 * t + 1];
-    const int32_t* const at = pairs + d.offsets[t];
-    for (int64_t i = 0; i < d.positions; ++i) {
-      const auto low = static_cast<int16_t>(at[i] & 0xffff);
-      sums[i] += first * low + second * (at[i] >> 16);
-    }
-  }
-}
-#endif
 
 // y = a_scale * (scale * (D + offset * S) - a_zero * sum) + bias + what the padding gives back.
 void finish_plane(const DepthwisePlane& d, int64_t n, float offset) {
@@ -172,9 +160,8 @@ void depthwise_plane(const DepthwisePlane& d) {
   }
   if (d.x == nullptr) {
     integers_of(d.grid, d.codes, pixels, d.integers);
-  } else {
-    if (magnitude_bits(d.x, pixels) > kFiniteBits) *d.finite = false;
-    integers_of(d.grid, d.x, pixels, d.integers);
+  } else if (!value_integers(d.grid, d.x, pixels, d.integers)) {
+    *d.finite = false;
   }
   copy_inside(d);
   pair_rows(d, d.pairs);

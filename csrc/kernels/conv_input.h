@@ -57,7 +57,13 @@ struct DepthwiseWeight {
   at::Tensor grid;
 };
 
-void run_depthwise(const char* op, const ConvShape& shape, const ConvInput& input,
-                   const DepthwiseWeight& weight, const ConvOutput& output);
+void check_depthwise_weight(const char* op, const ConvShape& shape, const DepthwiseWeight& weight);
+
+// Channels first.
+void run_depthwise(const ConvShape& shape, const ConvInput& input, const DepthwiseWeight& weight,
+                   const ConvOutput& output);
+// Channels last, one output a channel.
+void run_depthwise_pixels(const ConvShape& shape, const ConvInput& input,
+                          const DepthwiseWeight& weight, const ConvOutput& output);
 
 }  // namespace torchquant

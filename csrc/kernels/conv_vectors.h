@@ -1,0 +1,241 @@
+// Vectors of the tier's width for the depthwise kernels: integers of values, pairs of 16-bit
+// integers and the sums of their products.
+#pragma once
+#include <csrc/kernels/integers.h>
+#include <csrc/kernels/linear_float.h>
+
+#if defined(__AVX512BW__)
+// g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace torchquant {
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int64_t kVectorLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorLanes = 8;
+#else
+constexpr int64_t kVectorLanes = 4;
+#endif
+
+using Ints = int32_t __attribute__((vector_size(kVectorLanes * 4)));
+using Floats = float __attribute__((vector_size(kVectorLanes * 4)));
+
+template <class Vector, class Element>
+inline __attribute__((always_inline)) Vector load(const Element* from) {
+  static_assert(sizeof(Element) == 4);
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <class Vector, class Element>
+inline __attribute__((always_inline)) void store(Vector vector, Element* to) {
+  static_assert(sizeof(Element) == 4);
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+inline __attribute__((always_inline)) Floats to_floats(Ints integers) {
+  return __builtin_convertvector(integers, Floats);
+}
+
+// Values, or codes.
+inline __attribute__((always_inline)) Floats load_inputs(const float* from) {
+  return load<Floats>(from);
+}
+inline __attribute__((always_inline)) Ints load_inputs(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#else
+  Ints codes;
+  for (int64_t i = 0; i < kVectorLanes; ++i) codes[i] = bytes[i];
+  return codes;
+#endif
+}
+
+// sums + the two products of 16-bit integers in each lane.
+template <bool kDot>
+inline __attribute__((always_inline)) Ints add_pairs(Ints sums, Ints a, Ints b) {
+#if defined(__AVX512BW__)
+  if constexpr (kDot) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+    return sums;
+  }
+  return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sums + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return sums + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// a where a < b, else (where one is NaN, too) b; and the same for a > b.
+inline __attribute__((always_inline)) Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// round_to_integer(x) - shift, from the bits that its sum leaves.
+inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
+  const float kMagic = 12582912.0f;
+  return (Ints)(x + kMagic) - (static_cast<int32_t>(bits_of(kMagic)) + shift);
+}
+
+// The integers that integers_of gives: of codes, of values with the sample's own grid, and of
+// values with a given one.
+struct IntegersOfCodes {
+  explicit IntegersOfCodes(const IntegerGrid& grid) : shift(grid.shift) {}
+  inline __attribute__((always_inline)) Ints operator()(Ints codes) const { return codes - shift; }
+  const int32_t shift;
+};
+
+struct SymmetricIntegers {
+  explicit SymmetricIntegers(const IntegerGrid& grid) : factor(grid.factor) {}
+  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
+    return rounded(x * factor, 0);
+  }
+  const float factor;
+};
+
+struct GridIntegers {
+  explicit GridIntegers(const IntegerGrid& grid) : grid(grid) {}
+  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
+    return of_quotient(x / grid.scale);
+  }
+  inline __attribute__((always_inline)) Ints of_quotient(Floats quotient) const {
+    const Floats code = larger(quotient + grid.zero_point, Floats{});
+    return rounded(smaller(code, Floats{} + grid.max_code), grid.shift);
+  }
+  const IntegerGrid grid;
+};
+
+// Note [division by products]: a division takes as long as all the rest. Here x times 1 / scale in
+// twice the precision, which is less than a unit in the last place off, is corrected by its exact
+// remainder: then it is rounded as a division is (Markstein 1990). Large x, whose codes are all
+// the largest, are cut, and scales near the ends of the range of floats do divide: otherwise
+// remainders could get lost.
+#if defined(__AVX2__)
+struct GridIntegersByProducts : GridIntegers {
+  explicit GridIntegersByProducts(const IntegerGrid& grid)
+      : GridIntegers(grid),
+        inverse(1.0f / grid.scale),
+        rest(__builtin_fmaf(-inverse, grid.scale, 1.0f) * inverse),
+        limit(0x1p30f * grid.scale) {}
+
+  static bool works(const IntegerGrid& grid) {
+    return grid.scale > 0x1p-60f && grid.scale < 0x1p60f && absolute(grid.zero_point) < 0x1p20f;
+  }
+
+  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
+    x = smaller(x, Floats{} + limit);
+    const Floats quotient = fused(x, Floats{} + inverse, x * rest);
+    const Floats remainder = fused(-quotient, Floats{} + grid.scale, x);
+    return of_quotient(fused(remainder, Floats{} + inverse, quotient));
+  }
+
+  static inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+    return _mm512_fmadd_ps(a, b, c);
+#else
+    return _mm256_fmadd_ps(a, b, c);
+#endif
+  }
+
+  const float inverse, rest, limit;
+};
+#endif
+
+// visit(integers) with what gives the integers of values.
+template <class Visit>
+inline __attribute__((always_inline)) void with_integers(const IntegerGrid& grid,
+                                                         const Visit& visit) {
+  if (grid.scale == 0.0f) return visit(SymmetricIntegers(grid));
+#if defined(__AVX2__)
+  if (GridIntegersByProducts::works(grid)) return visit(GridIntegersByProducts(grid));
+#endif
+  visit(GridIntegers(grid));
+}
+
+// NaN where x or an x before was not finite.
+inline __attribute__((always_inline)) Floats note_finite(Floats noted, Floats x) {
+  return noted + x * 0.0f;
+}
+inline __attribute__((always_inline)) Floats note_finite(Floats noted, Ints) { return noted; }
+
+// Integers that fit, as bytes or halves.
+template <class To>
+inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(To) == 1) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)integers));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)integers));
+  }
+#elif defined(__AVX2__)
+  const __m128i upper = _mm256_extracti128_si256((__m256i)integers, 1);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)integers), upper);
+  if constexpr (sizeof(To) == 1) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+  } else {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+  }
+#else
+  for (int64_t i = 0; i < kVectorLanes; ++i) to[i] = static_cast<To>(integers[i]);
+#endif
+}
+
+// integers_of for values; false where one is not finite.
+template <class To>
+bool value_integers(const IntegerGrid& grid, const float* x, int64_t count, To* a) {
+  Floats noted{};
+  with_integers(grid, [&](const auto integers) {
+    int64_t i = 0;
+    for (; i + kVectorLanes <= count; i += kVectorLanes) {
+      const Floats values = load<Floats>(x + i);
+      noted = note_finite(noted, values);
+      store_narrow(integers(values), a + i);
+    }
+    if (i == count) return;
+    float rest[kVectorLanes] = {};
+    To narrow[kVectorLanes];
+    for (int64_t j = i; j < count; ++j) rest[j - i] = x[j];
+    noted = note_finite(noted, load<Floats>(rest));
+    store_narrow(integers(load<Floats>(rest)), narrow);
+    for (int64_t j = i; j < count; ++j) a[j] = narrow[j - i];
+  });
+  bool finite = true;
+  for (int64_t i = 0; i < kVectorLanes; ++i) finite = finite && noted[i] == noted[i];
+  return finite;
+}
+
+}  // namespace
+}  // namespace torchquant
