@@ -167,7 +167,7 @@ class Product {
  private:
   void attend(int64_t head, int64_t row) const;
   void score(const at::Tensor& scores, int64_t head, int64_t row) const;
-  void quantize(const at::Tensor& scores, int64_t head, int64_t row) const;
+  void quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const;
   void mix(AttentionRows work, int64_t head, int64_t row) const;
 
   const Operands& x_;
@@ -206,9 +206,12 @@ void Product::attend(int64_t head, int64_t row) const {
   // are multiplied whole: their sums are those of all keys.
   const bool skip = is_causal_ && !x_.value_codes.has_value() && level_of_zero(levels_) == 0.0f;
   const int64_t keys = skip ? std::min(x_.keys, row + rows) : x_.keys;
-  at::Tensor scores = at::empty({heads, rows, keys}, at::kFloat);
+  // Integer products store whole tiles.
+  const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
+  const int64_t stride = integer ? padded(keys, kTileOutputs) : keys;
+  at::Tensor scores = at::empty({heads, rows, stride}, at::kFloat);
   score(scores, head, row);
-  quantize(scores, head, row);
+  quantize(scores, head, row, keys);
   if (x_.value_codes.has_value()) return;
   at::Tensor out = out_.narrow(0, head, heads).narrow(1, row, rows);
   at::bmm_out(out, scores, x_.v.narrow(0, head, heads).narrow(1, 0, keys));
@@ -223,40 +226,30 @@ void Product::score(const at::Tensor& scores, int64_t head, int64_t row) const {
     return;
   }
   const PackedHeads& codes = *x_.key_codes;
-  const auto [grid, bits] = *x_.query_grid;
-  bool finite = true;
-  QuantizeRows one{};
-  one.scale = grid.scale;
-  one.zero_point = grid.zero_point;
-  one.max_code = max_code_of(bits);
-  one.shift = 1 << (bits - 1);
-  one.finite = &finite;
   IntegerRows queries(codes.layout(), rows);
   for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t r = 0; r < rows; ++r) {
-      one.x = x_.query_rows->row(head + h, row + r);
-      queries.set(r, one, grid.scale * codes.scale(), grid.zero_point - one.shift);
-    }
+    const float unit = x_.query_grid->grid.scale * codes.scale();
+    if (!queries.quantize(*x_.query_rows, head + h, row, *x_.query_grid, unit)) x_.finite = false;
     PackedWeight weight = codes.view(head + h);
     weight.outputs = keys;
     queries.multiply(weight, scores.mutable_data_ptr<float>() + h * rows * keys);
   }
-  if (!finite) x_.finite = false;
 }
 
-void Product::quantize(const at::Tensor& scores, int64_t head, int64_t row) const {
-  const int64_t rows = scores.size(1), keys = scores.size(2);
+void Product::quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const {
+  const int64_t rows = scores.size(1), stride = scores.size(2);
   const auto buffer =
       std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kRowGroup * (keys + kRowPad)));
   AttentionRows work{};
   work.rows = rows;
   work.keys = keys;
+  work.stride = stride;
   work.scale = scale_;
   work.causal_keys = is_causal_ ? row + 1 : keys;
   work.levels = levels_;
   work.row = buffer.get();
   for (int64_t h = 0; h < scores.size(0); ++h) {
-    work.scores = scores.mutable_data_ptr<float>() + h * rows * keys;
+    work.scores = scores.mutable_data_ptr<float>() + h * rows * stride;
     mask_.apply_to(work, head + h, row);
     x_.value_codes.has_value() ? mix(work, head + h, row) : attention_rows(work);
   }

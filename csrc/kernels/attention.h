@@ -53,10 +53,11 @@ struct ProbabilityRows {
 // Rows of one head: q k^T becomes the levels of softmax(q k^T scale + mask), in place or, of a
 // uniform grid, as codes.
 struct AttentionRows {
-  float* scores;                 // [rows, keys]
+  float* scores;                 // [rows, keys], rows `stride` apart
   const ProbabilityRows* codes;  // null: values take the place of the scores
   int64_t rows;
   int64_t keys;
+  int64_t stride;
   float scale;
   const float* mask;    // [rows, keys] to add, or nullptr
   const bool* allowed;  // [rows, keys], or nullptr
@@ -67,7 +68,8 @@ struct AttentionRows {
 };
 
 // Rows of one head that lie row_stride apart, to codes of one grid. As the 8-bit weight of a
-// product (Note [weight tiles]) keys are outputs and values are inputs; a group ends with a block.
+// product (Note [weight tiles]) keys are outputs and values are inputs; as activations, queries are
+// integers: codes less `shift`. A group ends with a block.
 struct QuantizeOperand {
   const float* x;
   int64_t rows;
@@ -77,13 +79,17 @@ struct QuantizeOperand {
   float max_code;
   BlockLayout layout;
   uint8_t* packed;  // [outputs / 16, blocks, 8, 64]
-  int32_t* sums;    // [outputs rounded up to 16]: of an output's codes
+  int32_t* sums;    // [outputs rounded up to 16]: of an output's codes; of queries [rows, groups]
   float* values;    // of dequantize_operand: [rows, columns]
-  int32_t* work;    // 4 rows of columns rounded up to 32
+  uint8_t* work;    // 4 rows of columns rounded up to 32
   bool* finite;     // set to false where x is not
+  int32_t shift;
+  int8_t* narrow;  // as of ProbabilityRows
+  int16_t* wide;
 };
 
 TORCHQUANT_TIER_LEAF(attention_rows, AttentionRows)
+TORCHQUANT_TIER_LEAF(quantize_queries, QuantizeOperand)
 TORCHQUANT_TIER_LEAF(pack_keys, QuantizeOperand)
 TORCHQUANT_TIER_LEAF(pack_values, QuantizeOperand)
 TORCHQUANT_TIER_LEAF(dequantize_operand, QuantizeOperand)

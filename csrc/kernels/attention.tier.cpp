@@ -1,6 +1,7 @@
 #include <csrc/kernels/attention.h>
 
 #include <csrc/core/lanes.h>
+#include <csrc/kernels/attention_widen.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -15,9 +16,10 @@ float larger(float a, float b) { return a > b ? a : b; }
 
 int64_t padded(int64_t keys) { return (keys + kRowPad - 1) / kRowPad * kRowPad; }
 
-// x - shift <= 0 becomes e^(x - shift), within an ulp: 2^n e^r with |r| <= ln(2) / 2, by Taylor's
-// sum up to r^7 / 7!, whose rest is 6e-9. NaN stays NaN. No fused multiply-add: every tier gives
-// the same bits. One loop a step, or compilers do not see vectors.
+// x - shift <= 0 becomes e^(x - shift), within an ulp: 2^n e^r with |r| <= ln(2) / 2, by the
+// polynomial 1 + r + r^2 (...) of degree 6 whose largest relative error there is least, 3e-9. NaN
+// stays NaN. No fused multiply-add: every tier gives the same bits. One loop a step, or compilers
+// do not see vectors.
 inline __attribute__((always_inline)) void exponential(float* __restrict__ x, float shift) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f,
@@ -25,17 +27,16 @@ inline __attribute__((always_inline)) void exponential(float* __restrict__ x, fl
   float n[kRowPad];
   for (int64_t j = 0; j < kRowPad; ++j) {
     const float difference = x[j] - shift;
-    x[j] = difference < kLeastExponent ? kLeastExponent : difference;
+    x[j] = kLeastExponent > difference ? kLeastExponent : difference;  // one instruction
   }
   for (int64_t j = 0; j < kRowPad; ++j) n[j] = round_to_integer(x[j] * kLog2E);
   for (int64_t j = 0; j < kRowPad; ++j) {
     const float r = x[j] - n[j] * kLn2High - n[j] * kLn2Low;
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 1.0f / 2;
+    float sum = 0.00138145406f;
+    sum = sum * r + 0.00836874545f;
+    sum = sum * r + 0.041668389f;
+    sum = sum * r + 0.166665211f;
+    sum = sum * r + 0.49999994f;
     sum = sum * (r * r) + r + 1.0f;
     const int32_t power = static_cast<int32_t>(n[j]) * (1 << 23);
     x[j] = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, sum) + power);
@@ -43,22 +44,32 @@ inline __attribute__((always_inline)) void exponential(float* __restrict__ x, fl
   for (int64_t j = 0; j < kRowPad; ++j) x[j] = n[j] <= kLeastPower ? 0.0f : x[j];
 }
 
+// kRowPad scores times `scale`, -inf behind the first `count`.
+inline void load_block(const float* __restrict__ scores, int64_t count, float scale,
+                       float* __restrict__ row) {
+  if (count >= kRowPad) {
+    for (int64_t j = 0; j < kRowPad; ++j) row[j] = scores[j] * scale;
+    return;
+  }
+  const auto there = static_cast<int32_t>(count > 0 ? count : 0);
+  float some[kRowPad] = {};
+  __builtin_memcpy(some, scores, static_cast<size_t>(there) * sizeof(float));
+  for (int32_t j = 0; j < kRowPad; ++j) row[j] = j < there ? some[j] * scale : -kInfinity;
+}
+
 // scale * scores + mask, -inf for keys that take no part and behind the last one.
 void load_row(const AttentionRows& work, int64_t r, float* __restrict__ row) {
-  const float* __restrict__ scores = work.scores + r * work.keys;
-  const float scale = work.scale;
-  for (int64_t i = 0; i < work.keys; ++i) row[i] = scores[i] * scale;
+  const int64_t causal = work.causal_keys + r, keys = causal < work.keys ? causal : work.keys;
+  for (int64_t i = 0; i < padded(work.keys); i += kRowPad)
+    load_block(work.scores + r * work.stride + i, keys - i, work.scale, row + i);
   if (work.mask != nullptr) {
     const float* __restrict__ mask = work.mask + r * work.mask_stride;
-    for (int64_t i = 0; i < work.keys; ++i) row[i] += mask[i];
+    for (int64_t i = 0; i < keys; ++i) row[i] += mask[i];
   }
   if (work.allowed != nullptr) {
     const bool* __restrict__ allowed = work.allowed + r * work.mask_stride;
-    for (int64_t i = 0; i < work.keys; ++i) row[i] = allowed[i] ? row[i] : -kInfinity;
+    for (int64_t i = 0; i < keys; ++i) row[i] = allowed[i] ? row[i] : -kInfinity;
   }
-  const int64_t causal = work.causal_keys + r;
-  for (int64_t i = causal < work.keys ? causal : work.keys; i < padded(work.keys); ++i)
-    row[i] = -kInfinity;
 }
 
 // The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
@@ -106,23 +117,34 @@ void divide(float* row, int64_t count, float sum) {
   for (int64_t i = 0; i < count; ++i) row[i] /= sum;
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t kWidest = 16;
+#else
+constexpr int64_t kWidest = 8;
+#endif
+using Widest = float __attribute__((vector_size(kWidest * sizeof(float))));
+using UnalignedWidest =
+    float __attribute__((vector_size(kWidest * sizeof(float)), aligned(4), may_alias));
+
 // The value of the last threshold below stays.
 void level_by_counting(const Levels& levels, float* row, int64_t count, float sum) {
+  constexpr int64_t kParts = kRowPad / kWidest;
   for (int64_t i = 0; i < count; i += kRowPad) {
-    Float8 p[kVectors], value[kVectors];
+    auto* const parts = reinterpret_cast<UnalignedWidest*>(row + i);
+    Widest p[kParts], value[kParts];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kVectors; ++j) {
-      p[j] = TORCHQUANT_LOAD8(row + i + j * kFloat8) / sum;
-      value[j] = levels.values[0] + Float8{};
+    for (int64_t j = 0; j < kParts; ++j) {
+      p[j] = parts[j] / sum;
+      value[j] = levels.values[0] + Widest{};
     }
     for (int64_t t = 0; t < levels.threshold_count; ++t) {
-      const Float8 threshold = levels.thresholds[t] + Float8{};
-      const Float8 above = levels.values[t + 1] + Float8{};
+      const Widest threshold = levels.thresholds[t] + Widest{};
+      const Widest above = levels.values[t + 1] + Widest{};
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < kVectors; ++j) value[j] = p[j] > threshold ? above : value[j];
+      for (int64_t j = 0; j < kParts; ++j) value[j] = p[j] > threshold ? above : value[j];
     }
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kVectors; ++j) TORCHQUANT_STORE8(row + i + j * kFloat8, value[j]);
+    for (int64_t j = 0; j < kParts; ++j) parts[j] = value[j];
   }
 }
 
@@ -160,13 +182,6 @@ struct RowCodes {
   int32_t shift;
 };
 
-// Place j of an integer in its block: see ProbabilityRows.
-inline int64_t place_of(const int8_t*, int64_t j) { return j; }
-inline int64_t place_of(const int16_t*, int64_t j) {
-  constexpr int64_t kWideOrder[4] = {0, 2, 1, 3};
-  return j / 4 * 4 + kWideOrder[j % 4];
-}
-
 // Note [one product for two quotients]: e * (1 / (sum * scale)) is within a few ulp of (e / sum) /
 // scale, so a code can differ only where the product lies that near to a tie. Rows in which that
 // happens are written again, by division.
@@ -176,42 +191,65 @@ float safe_distance(const RowCodes& row) {
   return 0.5f - (256.0f + absolute(row.grid.zero_point)) * 0x1p-20f;
 }
 
-// Integers of keys [0, count) of a group; behind them zeros up to a whole block. The largest square
-// of a distance from a whole number goes to `farthest`.
+// Note [bytes before words]: every integer of a code fits in a byte. Where products want 16 bits
+// their order is that of the bytes' even and odd halves, so that bytes are made first.
+inline void store_block(const int8_t* bytes, int8_t* to) {
+  __builtin_memcpy(to, bytes, static_cast<size_t>(kRowPad));
+}
+inline void store_block(const int8_t* bytes, int16_t* to) { widen_block(bytes, to); }
+
+// What is known of a group's integers so far.
+struct GroupSums {
+  int32_t sums[kRowPad] = {};
+  float farthest[kRowPad] = {};  // squares of distances from whole numbers
+};
+
+// Integers of kRowPad keys, zeros behind the first `count`.
 template <bool kDivide, class To>
-inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row,
-                                                          const float* __restrict__ e,
-                                                          int64_t count, float& farthest,
-                                                          To* __restrict__ to) {
+inline __attribute__((always_inline)) void write_block(const RowCodes& row, float factor,
+                                                       const float* __restrict__ e, int32_t count,
+                                                       GroupSums& group, To* __restrict__ to) {
   const float sum = row.sum, scale = row.grid.scale, zero_point = row.grid.zero_point;
   const float most = row.max_code;
   const int32_t shift = row.shift;
-  const float factor = static_cast<float>(1.0 / (static_cast<double>(sum) * scale));
-  int32_t sums[kRowPad] = {};
-  float worst[kRowPad] = {};
-  for (int64_t i = 0; i < count; i += kRowPad) {
-    const int64_t left = count - i;
-    const int32_t end = left < kRowPad ? static_cast<int32_t>(left) : kRowPad;
-    int32_t a[kRowPad];
-    for (int32_t j = 0; j < kRowPad; ++j) {
-      float code;
-      if constexpr (kDivide) {
-        code = to_code(e[i + j] / sum, scale, zero_point, most);
-      } else {
-        float x = e[i + j] * factor + zero_point;
-        x = x > 0.0f ? x : 0.0f;
-        x = x < most ? x : most;
-        code = round_to_integer(x);
-        worst[j] = larger((x - code) * (x - code), worst[j]);
-      }
-      a[j] = j < end ? static_cast<int32_t>(code) - shift : 0;
+  int32_t a[kRowPad];
+  int8_t bytes[kRowPad];
+  for (int32_t j = 0; j < kRowPad; ++j) {
+    float code;
+    if constexpr (kDivide) {
+      code = to_code(e[j] / sum, scale, zero_point, most);
+    } else {
+      float x = e[j] * factor + zero_point;
+      x = x > 0.0f ? x : 0.0f;
+      x = x < most ? x : most;
+      code = round_to_integer(x);
+      group.farthest[j] = larger((x - code) * (x - code), group.farthest[j]);
     }
-    for (int64_t j = 0; j < kRowPad; ++j) sums[j] += a[j];
-    for (int64_t j = 0; j < kRowPad; ++j) to[i + place_of(to, j)] = static_cast<To>(a[j]);
+    a[j] = static_cast<int32_t>(code) - shift;
   }
-  if constexpr (!kDivide) farthest = larger(largest_of(worst), farthest);
+  if (count < kRowPad) {
+    for (int32_t j = 0; j < kRowPad; ++j) a[j] = j < count ? a[j] : 0;
+  }
+  for (int64_t j = 0; j < kRowPad; ++j) group.sums[j] += a[j];
+  for (int64_t j = 0; j < kRowPad; ++j) bytes[j] = static_cast<int8_t>(a[j]);
+  store_block(bytes, to);
+}
+
+// Integers of keys [0, count) of a group; behind them zeros up to a whole block. The largest square
+// of a distance from a whole number goes to `farthest`.
+template <bool kDivide, class To>
+inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row, const float* e,
+                                                          int64_t count, float& farthest, To* to) {
+  const auto factor = static_cast<float>(1.0 / (static_cast<double>(row.sum) * row.grid.scale));
+  GroupSums group;
+  int64_t i = 0;
+  for (; i + kRowPad <= count; i += kRowPad)
+    write_block<kDivide>(row, factor, e + i, kRowPad, group, to + i);
+  if (i < count)
+    write_block<kDivide>(row, factor, e + i, static_cast<int32_t>(count - i), group, to + i);
+  if constexpr (!kDivide) farthest = larger(largest_of(group.farthest), farthest);
   int32_t total = 0;
-  for (int64_t j = 0; j < kRowPad; ++j) total += sums[j];
+  for (int64_t j = 0; j < kRowPad; ++j) total += group.sums[j];
   return total;
 }
 
@@ -269,7 +307,7 @@ void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
   } else {
     for (int64_t i = 0; i < work.keys; ++i) row[i] = work.levels.of_nan;
   }
-  __builtin_memcpy(work.scores + r * work.keys, row,
+  __builtin_memcpy(work.scores + r * work.stride, row,
                    static_cast<size_t>(work.keys) * sizeof(float));
 }
 

@@ -88,7 +88,7 @@ PackedHeads::PackedHeads(const HeadRows& x, int64_t heads, const OperandGrid& gr
 }
 
 bool PackedHeads::pack(const HeadRows& x, int64_t head, const OperandGrid& grid, Order order) {
-  const auto work = buffer<int32_t>(4 * (padded(x.columns(), kBlockInputs) + kBlockInputs));
+  const auto work = buffer<uint8_t>(4 * padded(x.columns(), kBlockInputs));
   const auto sums = buffer<int32_t>(stride_);
   bool finite = true;
   QuantizeOperand operand = operand_of(x, head, grid);
@@ -147,16 +147,25 @@ IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)
   }
 }
 
-void IntegerRows::set(int64_t r, QuantizeRows one, float scale, float zero) {
-  const int64_t first = r * layout_.blocks * kBlockInputs;
-  one.layout = layout_;
-  one.rows = 1;
-  if (wide_) one.wide = wide_.get() + first;
-  if (narrow_) one.narrow = narrow_.get() + first;
-  one.sums = sums_.get() + r * layout_.groups;
-  quantize_rows(one);
-  scale_[r] = scale;
-  zero_[r] = zero;
+bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, const OperandGrid& grid,
+                           float scale) {
+  const auto work = buffer<uint8_t>(layout_.blocks * kBlockInputs);
+  bool finite = true;
+  QuantizeOperand operand = operand_of(x, head, grid);
+  operand.x += row * operand.row_stride;
+  operand.rows = rows_;
+  operand.layout = layout_;
+  operand.shift = 1 << (grid.bits - 1);
+  operand.narrow = narrow_.get();
+  operand.wide = wide_.get();
+  operand.sums = sums_.get();
+  operand.work = work.get();
+  operand.finite = &finite;
+  quantize_queries(operand);
+  const float zero = grid.grid.zero_point - static_cast<float>(operand.shift);
+  std::fill_n(scale_.get(), rows_, scale);
+  std::fill_n(zero_.get(), rows_, zero);
+  return finite;
 }
 
 ProbabilityRows IntegerRows::probabilities(float unit) const {

@@ -70,8 +70,8 @@ at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid
 class IntegerRows {
  public:
   IntegerRows(const BlockLayout& layout, int64_t rows);
-  // From what `one` says of codes or of x and its grid; value = (integer - zero) * scale.
-  void set(int64_t r, QuantizeRows one, float scale, float zero);
+  // Codes of x's rows from `row` on; `scale` makes values of products. Whether all of x is finite.
+  bool quantize(const HeadRows& x, int64_t head, int64_t row, const OperandGrid& grid, float scale);
   // To write to instead; `unit` times an integer moved by its row's zero is a value.
   ProbabilityRows probabilities(float unit) const;
   void multiply(const PackedWeight& weight, float* out) const;
