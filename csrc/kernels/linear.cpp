@@ -44,6 +44,11 @@ void check_float(const at::Tensor& x, const char* name, const at::Tensor& tensor
   check_shape(kOp, name, tensor, shape);
 }
 
+void check_positive(const char* name, float scale) {
+  TORCH_CHECK_VALUE(scale > 0 && scale <= std::numeric_limits<float>::max(), kOp, ": ", name,
+                    " must be positive, got ", scale);
+}
+
 // On the CPU in chunks, where NaN and Inf are errors.
 void quantize_all(QuantizeRows all, const at::Tensor& x) {
   if (x.is_cuda()) {
@@ -100,11 +105,10 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   } else {
     q.shift = 1 << (grid.bits - 1);
     q.max_code = max_code_of(grid.bits);
-    if (x.is_cpu() && !codes) {
+    if (x.is_cpu() && grid.scale->numel() == 1) {
       q.scale = grid.scale->item<float>();
       q.zero_point = grid.zero_point->item<float>();
-      TORCH_CHECK_VALUE(q.scale > 0 && q.scale <= std::numeric_limits<float>::max(), kOp,
-                        ": input_scale must be positive, got ", q.scale);
+      check_positive("input_scale", q.scale);
       a.scale = at::full({rows}, q.scale, floats);
       a.zero = at::full({rows}, q.zero_point - static_cast<float>(q.shift), floats);
     } else {
@@ -122,6 +126,61 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   return a;
 }
 
+// The grid of the codes that take the place of outputs, where one is given: one number or one for
+// each of `parts` equal parts of the outputs.
+class OutputGrid {
+ public:
+  OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional<at::Tensor>& scale,
+             const std::optional<at::Tensor>& zero_point, int64_t bits)
+      : max_code_(max_code_of(bits)) {
+    TORCH_CHECK_VALUE(scale.has_value() == zero_point.has_value(), kOp,
+                      ": output_scale and output_zero_point must be given together");
+    if (!scale.has_value()) return;
+    check_bits(kOp, bits);
+    numbers_ = at::empty({2, padded(outputs, kPanelOutputs)},
+                         x.options().dtype(at::kFloat).requires_grad(false));
+    spread(0, "output_scale", x, outputs, *scale, scale->numel());
+    spread(1, "output_zero_point", x, outputs, *zero_point, scale->numel());
+  }
+
+  bool given() const { return numbers_.defined(); }
+
+  void apply_to(PackedProduct& product, const at::Tensor& codes) const {
+    product.codes = codes.mutable_data_ptr<uint8_t>();
+    product.code_scale = numbers_.const_data_ptr<float>();
+    product.code_zero_point = product.code_scale + numbers_.size(1);
+    product.max_code = max_code_;
+  }
+
+  // to_code in ATen's operators.
+  at::Tensor codes_of(const at::Tensor& values) const {
+    const int64_t outputs = values.size(-1);
+    const auto row = [&](int64_t i) { return numbers_.select(0, i).narrow(0, 0, outputs); };
+    const at::Tensor x = values.to(at::kFloat).div(row(0)).add_(row(1));
+    return x.clamp_(0, max_code_).round_().to(at::kByte);
+  }
+
+ private:
+  void spread(int64_t row, const char* name, const at::Tensor& x, int64_t outputs,
+              const at::Tensor& given, int64_t parts) {
+    TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
+                     given.scalar_type());
+    check_same_device(kOp, name, given, x);
+    TORCH_CHECK_VALUE(given.numel() == parts && parts > 0 && outputs % parts == 0, kOp, ": ", name,
+                      " must be one number, or one for each of equal parts of the ", outputs,
+                      " outputs, got ", given.sizes());
+    const at::Tensor to = numbers_.select(0, row);
+    to.narrow(0, outputs, to.size(0) - outputs).fill_(1);
+    to.narrow(0, 0, outputs).view({parts, -1}).copy_(given.reshape({parts, 1}));
+    if (row != 0 || !x.is_cpu()) return;
+    const at::Tensor dense = given.contiguous();
+    for (int64_t i = 0; i < parts; ++i) check_positive(name, dense.const_data_ptr<float>()[i]);
+  }
+
+  at::Tensor numbers_;  // [2, outputs padded]: scale, zero point
+  float max_code_;
+};
+
 PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
   const BlockLayout& layout = all.weight.layout;
   const int64_t depth = layout.blocks * kBlockInputs;
@@ -133,7 +192,8 @@ PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
   part.a_scale += first;
   if (part.a_zero != nullptr) part.a_zero += first;
   if (part.residual != nullptr) part.residual += first * all.weight.outputs;
-  part.out += first * all.weight.outputs;
+  if (part.out != nullptr) part.out += first * all.weight.outputs;
+  if (part.codes != nullptr) part.codes += first * all.weight.outputs;
   return part;
 }
 
@@ -239,8 +299,10 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const std::optional<at::Tensor>& levels,
                             const std::optional<at::Tensor>& input_scale,
                             const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
-                            std::string_view activation,
-                            const std::optional<at::Tensor>& residual) {
+                            std::string_view activation, const std::optional<at::Tensor>& residual,
+                            const std::optional<at::Tensor>& output_scale,
+                            const std::optional<at::Tensor>& output_zero_point,
+                            int64_t output_bits) {
   check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits};
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
@@ -254,13 +316,17 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   if (bias.has_value()) check_float(x, "bias", *bias, {out_features});
   if (residual.has_value()) check_float(x, "residual", *residual, shape);
   const Epilogue epilogue = parse_epilogue(kOp, activation);
+  const OutputGrid output(x, out_features, output_scale, output_zero_point, output_bits);
   const bool codes = x.scalar_type() == at::kByte;
   const at::Tensor rows = as_rows(x, in_features, codes);
   const int64_t count = rows.size(0);
-  if (x.is_cuda() && input.dynamic() && input_bits == 16 && count > kFewRows)
-    return linear_in_floats(x, weight.view(), bias, epilogue, residual);
+  if (x.is_cuda() && input.dynamic() && input_bits == 16 && count > kFewRows) {
+    const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
+    return output.given() ? output.codes_of(y) : y;
+  }
   const at::Tensor out =
-      at::empty({count, out_features}, x.options().dtype(at::kFloat).requires_grad(false));
+      at::empty({count, out_features},
+                x.options().dtype(output.given() ? at::kByte : at::kFloat).requires_grad(false));
   const Activations a = quantize_activations(rows, input, weight.view().layout,
                                              input_bits == 16 || weight.needs_wide());
   PackedProduct product{};
@@ -285,9 +351,13 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   }
   product.epilogue = epilogue;
   product.tier = cpu_tier();
-  product.out = out.mutable_data_ptr<float>();
+  if (output.given())
+    output.apply_to(product, out);
+  else
+    product.out = out.mutable_data_ptr<float>();
   if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, a.integers) : multiply(product);
-  return codes ? out.view(shape) : out.view(shape).to(x.scalar_type());
+  const at::Tensor y = out.view(shape);
+  return codes || output.given() ? y : y.to(x.scalar_type());
 }
 
 }  // namespace
@@ -297,7 +367,8 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "quantized_linear(Tensor x, Tensor packed, Tensor grid, Tensor? bias=None, *, int bits, "
       "SymInt in_features, SymInt out_features, int group_size=0, Tensor? levels=None, "
       "Tensor? input_scale=None, Tensor? input_zero_point=None, int input_bits=8, "
-      "str activation=\"none\", Tensor? residual=None) -> Tensor");
+      "str activation=\"none\", Tensor? residual=None, Tensor? output_scale=None, "
+      "Tensor? output_zero_point=None, int output_bits=8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_linear", quantized_linear); }

@@ -300,8 +300,14 @@ __global__ void finish_kernel(const PackedProduct p) {
   for (int64_t index = first_row(); index < p.rows * warps; index += row_step()) {
     const int64_t row = index / warps, column = index % warps * kWarpSize + warp_lane();
     const int64_t output = p.first_tile * kTileOutputs + column;
-    if (column < columns_of(p) && output < p.weight.outputs)
-      p.out[row * p.weight.outputs + output] = finish(p, row, output, sum_groups(p, row, column));
+    if (column >= columns_of(p) || output >= p.weight.outputs) continue;
+    const float y = finish(p, row, output, sum_groups(p, row, column));
+    if (p.codes == nullptr) {
+      p.out[row * p.weight.outputs + output] = y;
+    } else {
+      p.codes[row * p.weight.outputs + output] = static_cast<uint8_t>(
+          to_code(y, p.code_scale[output], p.code_zero_point[output], p.max_code));
+    }
   }
 }
 

@@ -101,7 +101,13 @@ struct PackedProduct {
   const float* residual;  // [rows, outputs], or null
   Epilogue epilogue;
   CpuTier tier;  // for instructions beside the tier's code
-  float* out;    // [rows, outputs]
+  float* out;    // [rows, outputs], or null: codes
+
+  // In place of values their codes: to_code with the grid of each output.
+  uint8_t* codes;                // [rows, outputs], or null
+  const float* code_scale;       // [stride]
+  const float* code_zero_point;  // [stride]
+  float max_code;
 
   // For CUDA: the sums over u * a of each of the `segments` parts that a group is cut into.
   int64_t segments;

@@ -73,7 +73,18 @@ inline void finish_row(const PackedProduct& p, int64_t row, int64_t output, int6
     const float* __restrict__ residual = p.residual + row * p.weight.outputs + output;
     for (int64_t o = 0; o < count; ++o) y[o] += residual[o];
   }
-  float* __restrict__ out = p.out + row * p.weight.outputs + output;
+  const int64_t at = row * p.weight.outputs + output;
+  if (p.codes != nullptr) {
+    const float* __restrict__ scale = p.code_scale + output;
+    const float* __restrict__ zero_point = p.code_zero_point + output;
+    uint8_t* __restrict__ codes = p.codes + at;
+    const float max_code = p.max_code;
+    for (int64_t o = 0; o < count; ++o)
+      codes[o] = static_cast<uint8_t>(
+          static_cast<int32_t>(to_code(y[o], scale[o], zero_point[o], max_code)));
+    return;
+  }
+  float* __restrict__ out = p.out + at;
   for (int64_t o = 0; o < count; ++o) out[o] = y[o];
 }
 

@@ -121,6 +121,10 @@ struct TileOutputs {
     if (w.offset != nullptr) offset = _mm512_loadu_ps(w.offset + at);
     if (p.a_zero != nullptr) sum = _mm512_loadu_ps(w.sum + output);
     if (p.bias != nullptr) bias = _mm512_maskz_loadu_ps(there, p.bias + output);
+    if (p.codes != nullptr) {
+      code_scale = _mm512_loadu_ps(p.code_scale + output);
+      code_zero_point = _mm512_loadu_ps(p.code_zero_point + output);
+    }
   }
 
   // scale * (D + offset * S), added to those of the groups before.
@@ -143,10 +147,18 @@ struct TileOutputs {
     if (p.bias != nullptr) y = y + bias;
     const int64_t at = row * p.weight.outputs + tile * kTileOutputs;
     if (p.residual != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.residual + at);
-    _mm512_mask_storeu_ps(p.out + at, there, y);
+    if (p.codes == nullptr) {
+      _mm512_mask_storeu_ps(p.out + at, there, y);
+      return;
+    }
+    // to_code: the conversion rounds half to even, NaN becomes 0.
+    const __m512 code = _mm512_max_ps(y / code_scale + code_zero_point, _mm512_setzero_ps());
+    const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(code, _mm512_set1_ps(p.max_code)));
+    _mm512_mask_cvtepi32_storeu_epi8(p.codes + at, there, codes);
   }
 
   __m512 scale, offset = _mm512_setzero_ps(), sum = offset, bias = offset;
+  __m512 code_scale = offset, code_zero_point = offset;
   __mmask16 there;
 };
 

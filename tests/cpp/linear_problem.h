@@ -25,7 +25,8 @@ struct LinearCase {
   Input input;
   bool wide;
   Epilogue epilogue;
-  bool extras;  // bias and residual
+  bool extras;         // bias and residual
+  bool codes = false;  // as outputs
 
   bool has_levels() const { return kind == Kind::levels || kind == Kind::row_levels; }
   BlockLayout layout() const { return block_layout(columns, group_size, bits, has_levels()); }
@@ -37,7 +38,7 @@ inline std::ostream& operator<<(std::ostream& out, const LinearCase& c) {
              << c.bits << " bits, groups of " << c.group_size << ", kind "
              << static_cast<int>(c.kind) << ", input " << static_cast<int>(c.input)
              << (c.wide ? ", wide" : ", narrow") << ", epilogue " << static_cast<int>(c.epilogue)
-             << (c.extras ? ", extras" : "");
+             << (c.extras ? ", extras" : "") << (c.codes ? ", to codes" : "");
 }
 
 // `count` cases of odd sizes, the same in every run.
@@ -56,7 +57,8 @@ inline std::vector<LinearCase> linear_cases(int64_t count, const std::vector<int
                  static_cast<Input>(pick({0, 1, 2})),
                  pick({0, 1}) == 1,
                  static_cast<Epilogue>(pick({0, 0, 1, 2})),
-                 pick({0, 1}) == 1};
+                 pick({0, 1}) == 1,
+                 pick({0, 0, 1}) == 1};
     if (c.has_levels() && c.bits > 4) c.bits = 4;
     if (c.group_size == 1) c.columns = c.columns < 33 ? c.columns : 33;
     cases.push_back(c);
@@ -87,7 +89,14 @@ class LinearProblem {
     narrow_ = Guarded<int8_t>(c.wide ? 0 : c.rows * depth);
     wide_ = Guarded<int16_t>(c.wide ? c.rows * depth : 0);
     sums_ = Guarded<int32_t>(c.rows * layout_.groups);
-    out_ = Guarded<float>(c.rows * c.outputs);
+    out_ = Guarded<float>(c.codes ? 0 : c.rows * c.outputs);
+    out_codes_ = Guarded<uint8_t>(c.codes ? c.rows * c.outputs : 0);
+    code_scale_ = floats(c.codes ? stride : 0);
+    code_zero_point_ = floats(c.codes ? stride : 0);
+    for (int64_t i = 0; i < code_scale_.size(); ++i) {
+      code_scale_[i] = 1.0f + 1000.0f * std::abs(code_scale_[i]);
+      code_zero_point_[i] = 128.0f + 64.0f * code_zero_point_[i];
+    }
     values_ = Guarded<uint16_t>(c.outputs * c.columns);
     wide_values_ = Guarded<float>(c.outputs * c.columns);
     bytes_ = Guarded<int8_t>(c.tiles() * kTileOutputs * depth);
@@ -125,7 +134,7 @@ class LinearProblem {
 
   void multiply(void (*leaf)(const PackedProduct&), int64_t first_tile = 0,
                 CpuTier tier = CpuTier::scalar) {
-    fill(out_);
+    fill(out_), fill(out_codes_);
     PackedProduct p{};
     p.weight = weight();
     p.first_tile = first_tile;
@@ -140,7 +149,11 @@ class LinearProblem {
     p.residual = residual_.data_or_null();
     p.epilogue = c_.epilogue;
     p.tier = tier;
-    p.out = out_.data();
+    p.out = out_.data_or_null();
+    p.codes = out_codes_.data_or_null();
+    p.code_scale = code_scale_.data_or_null();
+    p.code_zero_point = code_zero_point_.data_or_null();
+    p.max_code = 255;
     leaf(p);
   }
 
@@ -178,6 +191,9 @@ class LinearProblem {
     return {narrow_.values(), wide_.values(), sums_.values(), a_scale_.values()};
   }
   const Guarded<float>& out() const { return out_; }
+  bool same_outputs(const LinearProblem& other) const {
+    return out_.same_bytes(other.out_) && out_codes_.same_bytes(other.out_codes_);
+  }
   const Guarded<float>& values() const { return wide_values_; }
   const Guarded<uint16_t>& half_values() const { return values_; }
   const Guarded<int8_t>& bytes() const { return bytes_; }
@@ -199,8 +215,9 @@ class LinearProblem {
   LinearCase c_;
   BlockLayout layout_;
   std::mt19937 engine_;
-  Guarded<uint8_t> packed_, codes_;
+  Guarded<uint8_t> packed_, codes_, out_codes_;
   Guarded<float> scale_, offset_, sum_, x_, a_scale_, a_zero_, bias_, residual_, out_, wide_values_;
+  Guarded<float> code_scale_, code_zero_point_;
   Guarded<int8_t> levels_, narrow_, bytes_;
   Guarded<uint32_t> largest_;
   Guarded<int16_t> wide_;

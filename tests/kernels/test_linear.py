@@ -186,6 +186,38 @@ def test_epilogues(on_tier):
         torch.testing.assert_close(got, function(plain) + residual, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_output_codes_are_those_of_uniform_quantize(on_tier, rows, parts, activation):
+    weight = Weight(33, 100, 4, 32, "offset")
+    weight.scale[:] = 0.05
+    x, bias = torch.randn(rows, 100, generator=random(20)), torch.randn(33, generator=random(21))
+    residual = torch.randn(rows, 33, generator=random(22))
+    for bits in (2, 4, 8):
+        scale = (torch.rand(parts, generator=random(23)) + 1) * 8 / 2**bits
+        zero_point = torch.randint(2**bits, (parts,), generator=random(24)) + 0.25
+        options = {"activation": activation, "residual": residual}
+        each = [t.repeat_interleave(33 // parts) for t in (scale, zero_point)]
+        wanted = uniform_quantize(weight.linear(x, bias, **options), *each, bits=bits)
+        grid = {"output_scale": scale, "output_zero_point": zero_point, "output_bits": bits}
+        assert_same(weight.linear(x, bias, **options, **grid), wanted)
+        assert bits < 8 or rows < 5 or wanted.unique().numel() > 40
+
+
+def test_output_codes_beyond_the_range_of_floats():
+    weight = Weight(16, 40, 8)
+    bias = torch.tensor([math.inf, -math.inf, math.nan, 3e38] * 4)
+    grid = {"output_scale": torch.tensor(1e-3), "output_zero_point": torch.tensor(7.0)}
+    results = []
+    for name in CPU_TIERS:
+        with tier(name):
+            results.append(weight.linear(torch.zeros(1, 40), bias, **grid))
+    assert results[0][0, :4].tolist() == [255, 0, 0, 255]
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
 def test_activation_functions_far_out():
     """GELU and SiLU from -100 to 100, through a layer of one weight."""
     codes, scale = torch.full((1, 1), 9, dtype=torch.uint8), torch.ones(1, 1)
@@ -249,6 +281,21 @@ LINEAR_ERRORS = {
     "input_scale must be float32, got Double": (X, {"input_scale": ONE.double(), "input_zero_point": ONE}),
     "activation must be none, gelu or silu, got 'relu'": (X, {"activation": "relu"}),
     r"bias must have shape \[4\], got \[5\]": (X, {"bias": torch.ones(5)}),
+    "output_scale and output_zero_point must be given together": (X, {"output_scale": ONE}),
+    "output_scale must be positive, got 0": (X, {"output_scale": ONE * 0, "output_zero_point": ONE}),
+    "output_scale must be float32, got Double": (X, {"output_scale": ONE.double(), "output_zero_point": ONE}),
+    r"output_scale must be one number, or one for each of equal parts of the 4 outputs, got \[3\]": (
+        X,
+        {"output_scale": torch.ones(3), "output_zero_point": torch.ones(3)},
+    ),
+    "output_zero_point must be one number, .*, got \\[2\\]": (
+        X,
+        {"output_scale": ONE, "output_zero_point": torch.ones(2)},
+    ),
+    "quantized_linear: bits must be 2..8, got 1": (
+        X,
+        {"output_scale": ONE, "output_zero_point": ONE, "output_bits": 1},
+    ),
     r"residual must have shape \[2, 4\], got \[4\]": (X, {"residual": torch.ones(4)}),
     r"packed must have shape \[1, 1, 4, 64\], got \[1, 1, 2, 64\]": (
         X,
@@ -303,6 +350,8 @@ def test_opcheck(kind):
     own = {"bits": 4, "group_size": 32, "levels": weight.levels}
     check_op(PREPACK, (weight.codes, weight.scale, weight.zero_point), own)
     packed, options = weight.prepacked()
+    check_op(LINEAR, (torch.randn(3, 70, generator=random(14)), *packed, torch.ones(20)), options)
+    options |= {"output_scale": torch.ones(2), "output_zero_point": torch.ones(2)}
     check_op(LINEAR, (torch.randn(3, 70, generator=random(14)), *packed, torch.ones(20)), options)
 
 

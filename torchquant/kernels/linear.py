@@ -58,6 +58,9 @@ def quantized_linear(
     input_bits: int = 8,
     activation: str = "none",
     residual: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    output_zero_point: Tensor | None = None,
+    output_bits: int = 8,
 ) -> Tensor:
     """``y = f(x W^T + b) + residual`` with x as integers: exact integer sums, the same bits on every tier and for any
     number of threads.
@@ -82,9 +85,12 @@ def quantized_linear(
         input_bits: 8 or 16 without ``input_scale``, else 2..8.
         activation: ``"none"``, ``"gelu"`` (exact, erf) or ``"silu"``.
         residual: float ``[..., N]``, added last.
+        output_scale, output_zero_point: float32 ``[]`` or ``[P]``, one for each of P equal parts of the outputs: y as
+            codes, those that `torchquant.quantizers.uniform_quantize` gives of float32 y, which is never in memory.
+        output_bits: 2..8.
 
     Returns:
-        ``[..., N]`` in x's dtype (float32 for codes).
+        ``[..., N]`` in x's dtype (float32 for codes); with ``output_scale`` uint8.
 
     Raises:
         ValueError: wrong shapes, devices, bits or activation, or on a CPU a scale that is not positive or a NaN or Inf
@@ -106,6 +112,9 @@ def quantized_linear(
         input_bits=input_bits,
         activation=activation,
         residual=residual,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_bits=output_bits,
     )
 
 
@@ -139,4 +148,6 @@ def _(codes, scale, zero_point=None, *, bits, group_size=0, levels=None):  # typ
 @torch.library.register_fake("torchquant::quantized_linear")
 def _(x, packed, grid, bias=None, *, bits, in_features, out_features, **options):  # type: ignore[no-untyped-def]
     dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    if options.get("output_scale") is not None:
+        dtype = torch.uint8
     return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
