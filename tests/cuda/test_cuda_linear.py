@@ -86,6 +86,20 @@ def test_grids_codes_and_epilogues_are_equal(place, dtype):
             assert_same(there, here)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_outputs_as_codes_are_equal(place, rows):
+    layer = packed_layer(72, 200, 4, 64, "offset")
+    x, bias = torch.randn(rows, 200, generator=random(13)), torch.randn(72, generator=random(14))
+    for parts in (1, 3):
+        grid = {"output_scale": torch.rand(parts) + 0.5, "output_zero_point": torch.full((parts,), 120.0)}
+        for activation in ("none", "gelu", "silu"):
+            here, there = on_both(x, layer, place, bias, activation=activation, **grid)
+            assert there.dtype == torch.uint8 and here.unique().numel() > 30
+            assert_same(there, here)
+        here, there = on_both(x, layer, place, bias, input_bits=16, **grid)
+        assert (here.int() - there.int()).abs().max() <= (0 if rows == 1 else 1)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 def test_many_rows_of_floats(place, dtype):
     """Within roundings of the output's dtype and of the CPU's 16-bit integers."""
