@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchquant
 from torchquant import Activations
 from torchquant.demo.case import seeded
-from torchquant.demo.digits_vit import Block
+from torchquant.demo.digits_vit import Attention
 from torchquant.nn import QuantizedLayer, swap_modules
 
 from . import race
@@ -32,6 +32,26 @@ CALIBRATION_CROPS = 1  # of each of ten pictures
 MAX_TOKENS = 1000  # of a layer: speed does not depend on them
 # Ranges from every token itself, as the dynamic int8 of the peers; nothing is moved between layers.
 DYNAMIC = Activations(dynamic=True, granularity="token", symmetric=True, reparameterize=False, softmax="uniform")
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class DeiT(nn.Module):

@@ -252,7 +252,19 @@ def quantized_vit() -> tuple[nn.Module, Tensor]:
     return model, batches[0][:5]
 
 
-@pytest.fixture(scope="module", params=[quantized_cnn, quantized_vit], ids=["cnn", "vit"])
+def quantized_mlp() -> tuple[nn.Module, Tensor]:
+    """Linear layers between which codes travel."""
+    mlp = nn.Sequential(nn.Linear(24, 70), nn.GELU(), nn.Linear(70, 24))
+    model = nn.Sequential(nn.LayerNorm(24), mlp, nn.LayerNorm(24), nn.Linear(24, 10)).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    batches = [torch.randn(4, 9, 24, generator=generator) for _ in range(4)]
+    torchquant.quantize_(model, "W4A8", batches, method="rtn", progress=False)
+    return model, torch.randn(5, 9, 24, generator=generator)
+
+
+@pytest.fixture(scope="module", params=[quantized_cnn, quantized_vit, quantized_mlp], ids=["cnn", "vit", "mlp"])
 def quantized(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     return request.param()
 

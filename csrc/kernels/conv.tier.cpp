@@ -143,14 +143,6 @@ void gather(const GatherRows& g, const T* image, T* rows) {
   }
 }
 
-void activate(Epilogue epilogue, float* __restrict__ y, int64_t count) {
-  if (epilogue == Epilogue::gelu) {
-    for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
-  } else if (epilogue == Epilogue::silu) {
-    for (int64_t i = 0; i < count; ++i) y[i] = silu(y[i]);
-  }
-}
-
 void store_transposed(const StoreRows& s) {
   constexpr int64_t kStep = kLanes<float>;
   const int64_t whole_rows = s.rows / kStep * kStep, whole = s.outputs / kStep * kStep;

@@ -44,7 +44,7 @@ void run_scalar(const PackedProduct& p) {
         sum_group(p, tile, g, row, d);
         add_group(p, g, row, tile * kTileOutputs, d, values);
       }
-      finish_row(p, row, tile * kTileOutputs, outputs_of(p, tile, 1), values);
+      finish_tile(p, tile, row, 1, values);
     }
   }
 }

@@ -220,13 +220,15 @@ class AmxProduct {
     const RowBlock& rows = row_blocks_[i];
     const PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
     const bool last_group = g + 1 == p.weight.layout.groups;
-    const bool in_registers = last_group && p.epilogue == Epilogue::none;
+    const bool activates = p.epilogue != Epilogue::none;
     const bool wide = a_.lower != nullptr;
     const int64_t whole = rows.first + rows.tiles * kTileRows, end = whole < rows_ ? whole : rows_;
     const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
     const int32_t* sums = sums_ + i * kBlockSums + (rows.fresh - rows.first) * kSumStride;
     const int32_t* lower = lower_sums_ + (sums - sums_);
-    float* values = values_ + rows.fresh * kSumStride;
+    constexpr int64_t kStride = T * kTileOutputs;
+    float* const first = values_ + rows.fresh * kStride;
+    float* values = first;
     for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
       const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
 #pragma GCC unroll 2
@@ -236,18 +238,26 @@ class AmxProduct {
           d = _mm512_add_epi32(_mm512_slli_epi32(d, 8),
                                sum_of(lower + t * kTileOutputs, rows.tiles));
         d = _mm512_add_epi32(d, start);
-        const __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
-        if (in_registers) {
-          outputs[t].finish(p, row, tile_ + t, value);
+        __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
+        if (last_group) value = outputs[t].scaled(p, row, value);
+        if (last_group && !activates) {
+          outputs[t].store(p, row, tile_ + t, value);
         } else {
           _mm512_store_ps(values + t * kTileOutputs, value);
         }
       }
-      if (last_group && !in_registers)
-        finish_row(p, row, tile_ * kTileOutputs, outputs_of(p, tile_, T), values);
       sums += kSumStride;
       lower += kSumStride;
-      values += kSumStride;
+      values += kStride;
+    }
+    if (!last_group || !activates) return;
+    activate(p.epilogue, first, values - first);
+    for (int64_t row = rows.fresh; row < end; ++row) {
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) {
+        const float* const from = first + (row - rows.fresh) * kStride + t * kTileOutputs;
+        outputs[t].store(p, row_ + row, tile_ + t, _mm512_load_ps(from));
+      }
     }
   }
 

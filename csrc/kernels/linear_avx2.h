@@ -317,8 +317,7 @@ void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int6
     for (int64_t r = 0; r < rows; ++r)
       add_group(p, g, first_row + r, output, sums + r * kTileOutputs, values + r * kTileOutputs);
   }
-  for (int64_t r = 0; r < rows; ++r)
-    finish_row(p, first_row + r, output, outputs_of(p, tile, 1), values + r * kTileOutputs);
+  finish_tile(p, tile, first_row, rows, values);
 }
 
 void run_avx2(const PackedProduct& p) {

@@ -49,11 +49,18 @@ inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t ou
   for (int64_t o = 0; o < kTileOutputs; ++o) values[o] = g == 0 ? added[o] : values[o] + added[o];
 }
 
-// One row's sums over groups to outputs [output, output + count).
-inline void finish_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
-                       float* values) {
+inline void activate(Epilogue epilogue, float* __restrict__ y, int64_t count) {
+  if (epilogue == Epilogue::gelu) {
+    for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
+  } else if (epilogue == Epilogue::silu) {
+    for (int64_t i = 0; i < count; ++i) y[i] = silu(y[i]);
+  }
+}
+
+// One row's sums over groups to values [output, output + count) ahead of the activation function.
+inline void scale_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
+                      float* __restrict__ y) {
   const float a_scale = p.a_scale[row];
-  float* __restrict__ y = values;
   if (p.a_zero != nullptr) {
     const float zero = p.a_zero[row];
     const float* __restrict__ sum = p.weight.sum + output;
@@ -64,16 +71,15 @@ inline void finish_row(const PackedProduct& p, int64_t row, int64_t output, int6
     const float* __restrict__ bias = p.bias + output;
     for (int64_t o = 0; o < count; ++o) y[o] += bias[o];
   }
-  if (p.epilogue == Epilogue::gelu) {
-    for (int64_t o = 0; o < count; ++o) y[o] = gelu(y[o]);
-  } else if (p.epilogue == Epilogue::silu) {
-    for (int64_t o = 0; o < count; ++o) y[o] = silu(y[o]);
-  }
+}
+
+inline void store_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
+                      float* __restrict__ y) {
+  const int64_t at = row * p.weight.outputs + output;
   if (p.residual != nullptr) {
-    const float* __restrict__ residual = p.residual + row * p.weight.outputs + output;
+    const float* __restrict__ residual = p.residual + at;
     for (int64_t o = 0; o < count; ++o) y[o] += residual[o];
   }
-  const int64_t at = row * p.weight.outputs + output;
   if (p.codes != nullptr) {
     const float* __restrict__ scale = p.code_scale + output;
     const float* __restrict__ zero_point = p.code_zero_point + output;
@@ -88,9 +94,17 @@ inline void finish_row(const PackedProduct& p, int64_t row, int64_t output, int6
   for (int64_t o = 0; o < count; ++o) out[o] = y[o];
 }
 
-inline int64_t outputs_of(const PackedProduct& p, int64_t tile, int64_t tiles) {
-  const int64_t left = p.weight.outputs - tile * kTileOutputs, whole = tiles * kTileOutputs;
-  return left < whole ? left : whole;
+// Sums over groups, one row of a tile after another, to outputs. The activation function takes all
+// of them at once: one value waits long for each step, many hardly.
+inline void finish_tile(const PackedProduct& p, int64_t tile, int64_t row, int64_t rows,
+                        float* values) {
+  const int64_t output = tile * kTileOutputs, left = p.weight.outputs - output;
+  const int64_t count = left < kTileOutputs ? left : kTileOutputs;
+  for (int64_t r = 0; r < rows; ++r)
+    scale_row(p, row + r, output, count, values + r * kTileOutputs);
+  activate(p.epilogue, values, rows * kTileOutputs);
+  for (int64_t r = 0; r < rows; ++r)
+    store_row(p, row + r, output, count, values + r * kTileOutputs);
 }
 
 }  // namespace

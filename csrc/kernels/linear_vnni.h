@@ -112,24 +112,28 @@ struct VnniTile {
     alignas(64) float values[R][T * kTileOutputs];
     const Format format(p.weight, tile);
     const int64_t groups = p.weight.layout.groups;
-    const bool in_registers = p.epilogue == Epilogue::none;
+    const bool activates = p.epilogue != Epilogue::none;
     for (int64_t g = 0; g < groups; ++g) {
       __m512i d[R][T];
       sum_group(format, g, g * p.weight.layout.group_blocks, d);
       for_each_sum([&](int r, int t) __attribute__((always_inline)) {
         float* const before = values[r] + t * kTileOutputs;
         const TileOutputs outputs(p, g, tile + t);
-        const __m512 value = outputs.value(p, g, row + r, d[r][t], before);
-        if (g + 1 == groups && in_registers) {
-          outputs.finish(p, row + r, tile + t, value);
+        __m512 value = outputs.value(p, g, row + r, d[r][t], before);
+        if (g + 1 == groups) value = outputs.scaled(p, row + r, value);
+        if (g + 1 == groups && !activates) {
+          outputs.store(p, row + r, tile + t, value);
         } else {
           _mm512_store_ps(before, value);
         }
       });
     }
-    if (in_registers) return;
-    const int64_t outputs = outputs_of(p, tile, T);
-    for (int r = 0; r < R; ++r) finish_row(p, row + r, tile * kTileOutputs, outputs, values[r]);
+    if (!activates) return;
+    activate(p.epilogue, values[0], R * T * kTileOutputs);
+    for_each_sum([&](int r, int t) __attribute__((always_inline)) {
+      const TileOutputs outputs(p, groups - 1, tile + t);
+      outputs.store(p, row + r, tile + t, _mm512_load_ps(values[r] + t * kTileOutputs));
+    });
   }
 };
 

@@ -139,12 +139,17 @@ struct TileOutputs {
     return g > 0 ? _mm512_loadu_ps(before) + value : value;
   }
 
-  // finish_row in a register, for the outputs that are there.
-  inline __attribute__((always_inline)) void finish(const PackedProduct& p, int64_t row,
-                                                    int64_t tile, __m512 y) const {
+  // scale_row.
+  inline __attribute__((always_inline)) __m512 scaled(const PackedProduct& p, int64_t row,
+                                                      __m512 y) const {
     if (p.a_zero != nullptr) y = y - _mm512_set1_ps(p.a_zero[row]) * sum;
     y = y * _mm512_set1_ps(p.a_scale[row]);
-    if (p.bias != nullptr) y = y + bias;
+    return p.bias != nullptr ? y + bias : y;
+  }
+
+  // store_row, for the outputs that are there.
+  inline __attribute__((always_inline)) void store(const PackedProduct& p, int64_t row,
+                                                   int64_t tile, __m512 y) const {
     const int64_t at = row * p.weight.outputs + tile * kTileOutputs;
     if (p.residual != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.residual + at);
     if (p.codes == nullptr) {

@@ -53,8 +53,39 @@ class QLinear(QuantizedLayer):
                 codes, self.weight_scale, zero_point, bits=self.bits, group_size=self.group_size
             )
 
-    def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
-        return torch.ops.torchquant.quantized_linear(
+    def runs_packed(self, x: Tensor) -> bool:
+        """Whether ``forward`` takes the packed kernel for float ``x``."""
+        if not self.kernel_runs(x):
+            return False
+        elif self.input_quantizer is None:
+            return True
+        return self.input_quantizer.is_integer()
+
+    def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """Scale, zero point and bits of the input quantizer, where it has one grid for everything."""
+        if self.input_quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
+            if hasattr(self.input_quantizer, "zero_point"):  # noqa: SIM102
+                if self.input_quantizer.is_integer():
+                    return self.input_quantizer.scale, self.input_quantizer.zero_point, self.input_quantizer.bits
+        return None, None, 8
+
+    def packed(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        output_scale: Tensor | None = None,
+        output_zero_point: Tensor | None = None,
+        output_bits: int = 8,
+    ) -> Tensor:
+        """`torchquant.kernels.quantized_linear` of what ``runs_packed``, or of the codes of ``input_grid``."""
+        dtype = self.float_like.dtype if x.dtype == torch.uint8 else x.dtype
+        scale, zero_point, bits = self.input_grid()
+        if scale is None:
+            bits = 16
+            if self.input_quantizer is not None:
+                x, scale, zero_point = self.input_quantizer.for_kernel(x)
+                bits = self.input_quantizer.bits
+        y = torch.ops.torchquant.quantized_linear(
             x,
             self.kernel_weight,
             self.kernel_grid,
@@ -65,16 +96,18 @@ class QLinear(QuantizedLayer):
             group_size=self.group_size,
             input_scale=scale,
             input_zero_point=zero_point,
-            input_bits=input_bits,
+            input_bits=bits,
+            activation=activation,
+            output_scale=output_scale,
+            output_zero_point=output_zero_point,
+            output_bits=output_bits,
         )
+        return y if output_scale is not None else y.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_runs(x):
-            if self.input_quantizer is None:
-                return self.product(x, None, None, 16)
-            elif self.input_quantizer.is_integer():
-                integers, scale, zero_point = self.input_quantizer.for_kernel(x)
-                return self.product(integers, scale, zero_point, self.input_quantizer.bits).to(x.dtype)
+        """uint8 ``x``: the codes of ``input_grid``."""
+        if x.dtype == torch.uint8 or self.runs_packed(x):
+            return self.packed(x)
         x = self.quantized_input(x)
         return F.linear(x, self.matrix().to(x.dtype), self.bias_for(x))
 

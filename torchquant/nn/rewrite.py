@@ -106,20 +106,22 @@ def by_shape(module: Any) -> nn.Module | None:
     try:
         made = known(module)
         tokens = int(module.window_area) if windowed else 5
-        return made if same_function(module, made, (2, tokens, module.qkv.in_features)) else None
+        shape = (2, tokens, module.qkv.in_features)
+        return made if same_function(module, made, made, shape, module.qkv.weight) else None
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None  # it only looked alike
 
 
-def same_function(module: Any, made: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Compares the outputs for random tokens, in evaluation mode."""
+def same_function(
+    module: nn.Module, made: nn.Module, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], like: Tensor
+) -> bool:
+    """Compares ``module``'s outputs for random tokens with ``function``'s of ``made``, in evaluation mode."""
     training = {part: part.training for part in module.modules()}
-    weight: Tensor = module.qkv.weight
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
     try:
         module.eval(), made.eval()
         with torch.no_grad():
-            wanted, got = module(x), made(x)
+            wanted, got = module(x), function(x)
     finally:
         for part, flag in training.items():
             part.training = flag

@@ -1,0 +1,153 @@
+"""Two linear layers with an activation function between them, which never lies in memory as floats."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import hooked
+from .linear import QLinear
+from .rewrite import same_function
+from .swap import swap_modules
+
+SLOTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+
+class QMlp(nn.Module):
+    """``fc2(act(fc1(x)))`` of two :class:`QLinear` under the names of timm's ``Mlp``.
+
+    ``act`` is taken in ``fc1``'s kernel. Where ``fc2``'s input has one uniform grid, that kernel also gives its codes.
+    In training, where a gradient is wanted, and where somebody observes a part, every module is called on its own.
+    """
+
+    if TYPE_CHECKING:  # whatever stands there
+        fc1: Any
+        act: Any
+        drop1: Any
+        norm: Any
+        fc2: Any
+        drop2: Any
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name in SLOTS:
+            if not hasattr(self, name):
+                self.add_module(name, nn.Identity())
+        self.activation = activation_name(self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fuses(x):
+            scale, zero_point, bits = self.fc2.input_grid()
+            return self.fc2(self.fc1.packed(x, self.activation, scale, zero_point, bits))
+        return self.unfused(x)
+
+    def unfused(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(x))
+
+    def fuses(self, x: Tensor) -> bool:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+            if observed(self):
+                return False
+        if hasattr(self.fc1, "kernel_weight") and hasattr(self.fc2, "kernel_weight"):
+            return not self.training and self.fc1.runs_packed(x) and self.fc2.kernel_weight.numel() > 0
+        return False
+
+
+class QSequentialMlp(nn.Sequential):
+    """The same for a linear layer, an activation function, perhaps dropout, a linear layer, perhaps dropout in an
+    nn.Sequential."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, index: Any) -> Any: ...
+
+    def __init__(self, module: nn.Sequential) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.activation = activation_name(module[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fuses(x):
+            if hasattr(self[2], "kernel_weight"):
+                scale, zero_point, bits = self[2].input_grid()
+                return self[2](self[0].packed(x, self.activation, scale, zero_point, bits))
+            else:
+                scale, zero_point, bits = self[3].input_grid()
+                return self[3](self[0].packed(x, self.activation, scale, zero_point, bits))
+        return self.unfused(x)
+
+    def unfused(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
+
+    def fuses(self, x: Tensor) -> bool:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+            if observed(self):
+                return False
+        if hasattr(self[0], "kernel_weight"):
+            if hasattr(self[2], "kernel_weight"):
+                return not self.training and self[0].runs_packed(x) and self[2].kernel_weight.numel() > 0
+            elif hasattr(self[3], "kernel_weight"):
+                return not self.training and self[0].runs_packed(x) and self[3].kernel_weight.numel() > 0
+        return False
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether somebody looks at what passes between the parts of ``module``."""
+    return any(hooked(part) for part in module.modules() if part is not module)
+
+
+def activation_name(module: nn.Module) -> str:
+    """As `torchquant.kernels.quantized_linear` names it; empty where it has no such function."""
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    return "silu" if type(module) is nn.SiLU else ""
+
+
+def fuse_mlps(model: nn.Module) -> None:
+    """Put :class:`QMlp` and :class:`QSequentialMlp` where quantized layers stand in such an order; they compute the
+    same. The modules inside and their names stay."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if module is model or isinstance(module, (QMlp, QSequentialMlp)):
+            continue
+        if type(module).forward is nn.Sequential.forward and is_chain(list(module.children())):
+            replacements[module] = QSequentialMlp(module).train(module.training)  # type: ignore[arg-type]
+        elif is_mlp(module) and (made := as_mlp(module)) is not None:
+            replacements[module] = made
+    swap_modules(model, replacements)
+
+
+def as_mlp(module: Any) -> QMlp | None:
+    made = QMlp(module).train(module.training)
+    try:
+        same = same_function(module, made, made.unfused, (2, module.fc1.in_features), module.fc1.float_like)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # it only looked alike
+    return made if same else None
+
+
+def is_mlp(module: Any) -> bool:
+    """As far as its children show."""
+    children = dict(module.named_children())
+    if not {"fc1", "act", "fc2"} <= children.keys() <= set(SLOTS) | {"drop"}:
+        return False
+    between = [child for name, child in children.items() if name not in ("fc1", "act", "fc2")]
+    return is_chain([children["fc1"], children["act"], children["fc2"]]) and all(map(is_passive, between))
+
+
+def is_chain(modules: Sequence[nn.Module]) -> bool:
+    if len(modules) < 3 or type(modules[0]) is not QLinear or not activation_name(modules[1]):
+        return False
+    second = 3 if len(modules) > 3 and is_passive(modules[2]) else 2
+    return type(modules[second]) is QLinear and all(map(is_passive, modules[second + 1 :]))
+
+
+def is_passive(module: nn.Module) -> bool:
+    return type(module) in (nn.Identity, nn.Dropout)
