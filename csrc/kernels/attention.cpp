@@ -29,14 +29,16 @@ constexpr int64_t kTileRows = 6;  // so many rows are one pass of the integer pr
 // Of q, k and v, which the caller has not quantized where they are given.
 struct OperandGrids {
   std::optional<OperandGrid> query, key, value;
+  std::optional<OperandGrid> output;
 };
 
 // --- checks ---
 
 void check_operand(const char* argument, const at::Tensor& x, const at::Tensor& q) {
   const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, kOp, ": ",
-                   argument, " must be float32, float16 or bfloat16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kByte, kOp,
+      ": ", argument, " must be float32, float16, bfloat16 or uint8 codes, got ", type);
   TORCH_CHECK_TYPE(type == q.scalar_type(), kOp, ": ", argument, " must have q's dtype ",
                    q.scalar_type(), ", got ", type);
   TORCH_CHECK_VALUE(x.dim() >= 2, kOp, ": ", argument, " must have at least 2 dimensions, got ",
@@ -155,13 +157,13 @@ Operands::Operands(const at::Tensor& query, const at::Tensor& key, const at::Ten
 class Product {
  public:
   Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
-          bool is_causal);
+          bool is_causal, const std::optional<OperandGrid>& output);
   at::Tensor run() const {
     const int64_t parts = (x_.rows + rows_ - 1) / rows_;
     const int64_t groups = (x_.heads + heads_ - 1) / heads_;
     for_each_chunk(groups * parts,
                    [&](int64_t task) { attend(task / parts * heads_, task % parts * rows_); });
-    return out_;
+    return code_grid_.has_value() && !stores_codes() ? code_grid_->codes_of(out_) : out_;
   }
 
  private:
@@ -169,25 +171,25 @@ class Product {
   void score(const at::Tensor& scores, int64_t head, int64_t row) const;
   void quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const;
   void mix(AttentionRows work, int64_t head, int64_t row) const;
+  // Integer products do; BLAS gives values first.
+  bool stores_codes() const { return code_grid_.has_value() && x_.value_codes.has_value(); }
 
   const Operands& x_;
   const Mask& mask_;
   const Levels& levels_;
   float scale_;
   bool is_causal_;
+  std::optional<CodeGrid> code_grid_;
   at::Tensor out_;     // [heads, L, Dv]
   int64_t rows_ = 0;   // of a task
   int64_t heads_ = 0;  // of a task; more than one only with all their rows
 };
 
 Product::Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
-                 bool is_causal)
-    : x_(operands),
-      mask_(mask),
-      levels_(levels),
-      scale_(scale),
-      is_causal_(is_causal),
-      out_(at::empty({x_.heads, x_.rows, x_.width}, at::kFloat)) {
+                 bool is_causal, const std::optional<OperandGrid>& output)
+    : x_(operands), mask_(mask), levels_(levels), scale_(scale), is_causal_(is_causal) {
+  if (output.has_value()) code_grid_.emplace(*output, x_.width);
+  out_ = at::empty({x_.heads, x_.rows, x_.width}, stores_codes() ? at::kByte : at::kFloat);
   const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
   const int64_t largest = integer ? kMaxIntegerScores : kMaxScores;
   const int64_t least = std::min(integer ? kMinIntegerRows : kMinRows, x_.rows);
@@ -262,8 +264,12 @@ void Product::mix(AttentionRows work, int64_t head, int64_t row) const {
   const ProbabilityRows codes = integers.probabilities(levels_.grid.scale * values.scale());
   work.codes = &codes;
   attention_rows(work);
-  integers.multiply(values.view(head),
-                    out_.mutable_data_ptr<float>() + (head * x_.rows + row) * x_.width);
+  const int64_t first = (head * x_.rows + row) * x_.width;
+  if (stores_codes()) {
+    integers.multiply(values.view(head), out_.mutable_data_ptr<uint8_t>() + first, *code_grid_);
+  } else {
+    integers.multiply(values.view(head), out_.mutable_data_ptr<float>() + first);
+  }
 }
 
 at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -279,16 +285,20 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const Mask of_scores(mask, shape);
   shape.back() = v.size(-1);
   const Operands operands(q, k, v, leading, grids, levels.kind == LevelKind::uniform);
-  if (operands.heads * operands.rows * operands.keys * operands.width == 0)
-    return at::zeros(shape, q.options());
-  const Product product(operands, of_scores, levels, static_cast<float>(scale), is_causal);
-  const at::Tensor out = product.run();
+  const bool codes = q.scalar_type() == at::kByte;
+  if (operands.heads * operands.rows * operands.keys * operands.width == 0) {
+    const at::Tensor zeros = at::zeros(shape, codes ? q.options().dtype(at::kFloat) : q.options());
+    return grids.output.has_value() ? CodeGrid(*grids.output, 0).codes_of(zeros) : zeros;
+  }
+  const Product product(operands, of_scores, levels, static_cast<float>(scale), is_causal,
+                        grids.output);
+  const at::Tensor out = product.run().view(shape);
   if (!operands.finite) {
     if (grids.query.has_value()) check_finite(kOp, "q", q);
     if (grids.key.has_value()) check_finite(kOp, "k", k);
     if (grids.value.has_value()) check_finite(kOp, "v", v);
   }
-  return out.view(shape).to(q.scalar_type());
+  return codes || grids.output.has_value() ? out : out.to(q.scalar_type());
 }
 
 at::Tensor quantized_attention(const at::Tensor& q,                       // [..., L, D]
@@ -309,7 +319,10 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
                                int64_t key_bits,
                                const OptionalTensor& value_scale,       // []
                                const OptionalTensor& value_zero_point,  // []
-                               int64_t value_bits) {
+                               int64_t value_bits,
+                               const OptionalTensor& output_scale,       // []
+                               const OptionalTensor& output_zero_point,  // []
+                               int64_t output_bits) {
   check_operand("q", q, q);
   check_operand("k", k, q);
   check_operand("v", v, q);
@@ -319,11 +332,16 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
                             softmax_scale, softmax_zero_point, softmax_bits};
   check_quantizer(kOp, quantizer);
   const Table table(kOp, quantizer);
-  const OperandGrids grids{operand_grid(kOp, "query", query_scale, query_zero_point, query_bits),
-                           operand_grid(kOp, "key", key_scale, key_zero_point, key_bits),
-                           operand_grid(kOp, "value", value_scale, value_zero_point, value_bits)};
+  const OperandGrids grids{
+      operand_grid(kOp, "query", query_scale, query_zero_point, query_bits),
+      operand_grid(kOp, "key", key_scale, key_zero_point, key_bits),
+      operand_grid(kOp, "value", value_scale, value_zero_point, value_bits),
+      operand_grid(kOp, "output", output_scale, output_zero_point, output_bits)};
   TORCH_CHECK_VALUE(grids.query.has_value() == grids.key.has_value(), kOp,
                     ": query_scale and key_scale must be given together, got only one of them");
+  TORCH_CHECK_VALUE(
+      q.scalar_type() != at::kByte || (grids.key.has_value() && grids.value.has_value()), kOp,
+      ": codes need query_scale, key_scale and value_scale");
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1))));
   return attention_of(q, k, v, mask, grids, table.levels, factor, is_causal);
 }
@@ -338,7 +356,8 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "Tensor? softmax_zero_point=None, int softmax_bits=8, float? scale=None, "
       "bool is_causal=False, Tensor? query_scale=None, Tensor? query_zero_point=None, "
       "int query_bits=8, Tensor? key_scale=None, Tensor? key_zero_point=None, int key_bits=8, "
-      "Tensor? value_scale=None, Tensor? value_zero_point=None, int value_bits=8) -> Tensor");
+      "Tensor? value_scale=None, Tensor? value_zero_point=None, int value_bits=8, "
+      "Tensor? output_scale=None, Tensor? output_zero_point=None, int output_bits=8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_attention", quantized_attention); }

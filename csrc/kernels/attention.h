@@ -71,7 +71,8 @@ struct AttentionRows {
 // product (Note [weight tiles]) keys are outputs and values are inputs; as activations, queries are
 // integers: codes less `shift`. A group ends with a block.
 struct QuantizeOperand {
-  const float* x;
+  const float* x;        // or null: codes are given
+  const uint8_t* codes;  // those of x
   int64_t rows;
   int64_t columns;
   int64_t row_stride;

@@ -17,17 +17,6 @@ std::unique_ptr<T[]> buffer(int64_t count) {
   return std::make_unique_for_overwrite<T[]>(static_cast<size_t>(count));
 }
 
-QuantizeOperand operand_of(const HeadRows& x, int64_t head, const OperandGrid& grid) {
-  QuantizeOperand work{};
-  work.x = x.row(head, 0);
-  work.rows = x.rows();
-  work.columns = x.columns();
-  work.row_stride = x.row_stride();
-  work.grid = grid.grid;
-  work.max_code = max_code_of(grid.bits);
-  return work;
-}
-
 // A code that adds nothing to integer sums, where there is one.
 int32_t origin_of(float zero_point) {
   constexpr int32_t kMiddle = 128;
@@ -52,20 +41,32 @@ std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
   return OperandGrid{grid, bits};
 }
 
-HeadRows::HeadRows(const at::Tensor& x, at::IntArrayRef leading) : x_(x.to(at::kFloat)) {
+HeadRows::HeadRows(const at::Tensor& x, at::IntArrayRef leading)
+    : x_(x.scalar_type() == at::kByte ? x : x.to(at::kFloat)) {
   if (x_.stride(-1) != 1) x_ = x_.contiguous();
   std::vector<int64_t> shape = leading.vec();
   shape.insert(shape.end(), {x.size(-2), x.size(-1)});
   x_ = x_.expand(shape);
 }
 
-const float* HeadRows::row(int64_t head, int64_t r) const {
-  int64_t offset = r * x_.stride(-2);
+QuantizeOperand HeadRows::operand(int64_t head, int64_t first, const OperandGrid& grid) const {
+  int64_t offset = first * x_.stride(-2);
   for (int64_t d = x_.dim() - 3; d >= 0; --d) {
     offset += head % x_.size(d) * x_.stride(d);
     head /= x_.size(d);
   }
-  return x_.const_data_ptr<float>() + offset;
+  QuantizeOperand work{};
+  if (x_.scalar_type() == at::kByte) {
+    work.codes = x_.const_data_ptr<uint8_t>() + offset;
+  } else {
+    work.x = x_.const_data_ptr<float>() + offset;
+  }
+  work.rows = x_.size(-2) - first;
+  work.columns = x_.size(-1);
+  work.row_stride = x_.stride(-2);
+  work.grid = grid.grid;
+  work.max_code = max_code_of(grid.bits);
+  return work;
 }
 
 PackedHeads::PackedHeads(const HeadRows& x, int64_t heads, const OperandGrid& grid, Order order,
@@ -91,7 +92,7 @@ bool PackedHeads::pack(const HeadRows& x, int64_t head, const OperandGrid& grid,
   const auto work = buffer<uint8_t>(4 * padded(x.columns(), kBlockInputs));
   const auto sums = buffer<int32_t>(stride_);
   bool finite = true;
-  QuantizeOperand operand = operand_of(x, head, grid);
+  QuantizeOperand operand = x.operand(head, 0, grid);
   operand.layout = layout_;
   operand.packed = packed_.mutable_data_ptr<uint8_t>() + head * packed_.stride(0);
   operand.sums = sums.get();
@@ -124,13 +125,29 @@ at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid
   float* const first = values.mutable_data_ptr<float>();
   for_each_chunk(heads, [&](int64_t head) {
     bool own = true;
-    QuantizeOperand operand = operand_of(x, head, grid);
+    QuantizeOperand operand = x.operand(head, 0, grid);
     operand.values = first + head * x.rows() * x.columns();
     operand.finite = &own;
     dequantize_operand(operand);
     if (!own) finite = false;
   });
   return values;
+}
+
+CodeGrid::CodeGrid(const OperandGrid& grid, int64_t outputs)
+    : grid_(grid),
+      scale_(static_cast<size_t>(padded(outputs, kPanelOutputs)), grid.grid.scale),
+      zero_point_(scale_.size(), grid.grid.zero_point) {}
+
+void CodeGrid::apply_to(PackedProduct& product) const {
+  product.code_scale = scale_.data();
+  product.code_zero_point = zero_point_.data();
+  product.max_code = max_code_of(grid_.bits);
+}
+
+at::Tensor CodeGrid::codes_of(const at::Tensor& values) const {
+  const at::Tensor x = values.div(grid_.grid.scale).add_(grid_.grid.zero_point);
+  return x.clamp_(0, max_code_of(grid_.bits)).nan_to_num_(0).round_().to(at::kByte);
 }
 
 IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)
@@ -151,8 +168,7 @@ bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, const O
                            float scale) {
   const auto work = buffer<uint8_t>(layout_.blocks * kBlockInputs);
   bool finite = true;
-  QuantizeOperand operand = operand_of(x, head, grid);
-  operand.x += row * operand.row_stride;
+  QuantizeOperand operand = x.operand(head, row, grid);
   operand.rows = rows_;
   operand.layout = layout_;
   operand.shift = 1 << (grid.bits - 1);
@@ -173,7 +189,7 @@ ProbabilityRows IntegerRows::probabilities(float unit) const {
           sums_.get(),    scale_.get(),       zero_.get(),   unit};
 }
 
-void IntegerRows::multiply(const PackedWeight& weight, float* out) const {
+PackedProduct IntegerRows::product(const PackedWeight& weight) const {
   const bool shifted =
       std::any_of(zero_.get(), zero_.get() + rows_, [](float zero) { return zero != 0.0f; });
   PackedProduct product{};
@@ -186,8 +202,20 @@ void IntegerRows::multiply(const PackedWeight& weight, float* out) const {
   product.a_scale = scale_.get();
   product.a_zero = shifted ? zero_.get() : nullptr;
   product.tier = cpu_tier();
-  product.out = out;
-  packed_product(product);
+  return product;
+}
+
+void IntegerRows::multiply(const PackedWeight& weight, float* out) const {
+  PackedProduct whole = product(weight);
+  whole.out = out;
+  packed_product(whole);
+}
+
+void IntegerRows::multiply(const PackedWeight& weight, uint8_t* codes, const CodeGrid& grid) const {
+  PackedProduct whole = product(weight);
+  whole.codes = codes;
+  grid.apply_to(whole);
+  packed_product(whole);
 }
 
 }  // namespace torchquant

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace torchquant {
@@ -23,15 +24,15 @@ std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
                                         const std::optional<at::Tensor>& scale,
                                         const std::optional<at::Tensor>& zero_point, int64_t bits);
 
-// [..., R, C], broadcast to leading dimensions, as float32 rows of every head. They stay where they
-// lie if the elements of a row are neighbours.
+// [..., R, C], broadcast to leading dimensions, as rows of every head: float32 or codes. They stay
+// where they lie if the elements of a row are neighbours.
 class HeadRows {
  public:
   HeadRows(const at::Tensor& x, at::IntArrayRef leading);
-  const float* row(int64_t head, int64_t r) const;
+  // One head from row `first` on, as an operand on `grid`.
+  QuantizeOperand operand(int64_t head, int64_t first, const OperandGrid& grid) const;
   int64_t rows() const { return x_.size(-2); }
   int64_t columns() const { return x_.size(-1); }
-  int64_t row_stride() const { return x_.stride(-2); }
 
  private:
   at::Tensor x_;
@@ -66,6 +67,19 @@ class PackedHeads {
 at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid& grid,
                              std::atomic<bool>& finite);
 
+// One grid for outputs of products, once for each of them.
+class CodeGrid {
+ public:
+  CodeGrid(const OperandGrid& grid, int64_t outputs);
+  void apply_to(PackedProduct& product) const;
+  // Of values that are there already.
+  at::Tensor codes_of(const at::Tensor& values) const;
+
+ private:
+  OperandGrid grid_;
+  std::vector<float> scale_, zero_point_;
+};
+
 // Integer activations of some rows of one head.
 class IntegerRows {
  public:
@@ -74,7 +88,9 @@ class IntegerRows {
   bool quantize(const HeadRows& x, int64_t head, int64_t row, const OperandGrid& grid, float scale);
   // To write to instead; `unit` times an integer moved by its row's zero is a value.
   ProbabilityRows probabilities(float unit) const;
+  // To `out`, or its codes to `codes` where there is a grid for them.
   void multiply(const PackedWeight& weight, float* out) const;
+  void multiply(const PackedWeight& weight, uint8_t* codes, const CodeGrid& grid) const;
 
  private:
   BlockLayout layout_;
@@ -84,6 +100,8 @@ class IntegerRows {
   std::unique_ptr<int32_t[]> sums_;
   std::unique_ptr<float[]> scale_;
   std::unique_ptr<float[]> zero_;
+
+  PackedProduct product(const PackedWeight& weight) const;
 };
 
 }  // namespace torchquant

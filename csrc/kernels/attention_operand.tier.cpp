@@ -60,7 +60,11 @@ int32_t encode_row(const QuantizeOperand& q, int64_t r, int64_t width, int32_t s
                    To* __restrict__ codes) {
   int32_t sum = 0;
   const int64_t count = r < q.rows ? q.columns : 0;
-  if (count > 0) {
+  if (count > 0 && q.codes != nullptr) {
+    const uint8_t* __restrict__ given = q.codes + r * q.row_stride;
+    sum = fill_integers(codes, count,
+                        [=](int64_t i) __attribute__((always_inline)) { return given[i] - shift; });
+  } else if (count > 0) {
     const float* __restrict__ x = q.x + r * q.row_stride;
     with_code_of(q, x, [&](const auto& code_of) __attribute__((always_inline)) {
       sum = fill_integers(codes, count, [&](int64_t i) __attribute__((always_inline)) {
@@ -130,8 +134,13 @@ void pack_values(const QuantizeOperand& q) {
 void dequantize_operand(const QuantizeOperand& q) {
   const float scale = q.grid.scale, zero_point = q.grid.zero_point;
   for (int64_t r = 0; r < q.rows; ++r) {
-    const float* __restrict__ x = q.x + r * q.row_stride;
     float* __restrict__ values = q.values + r * q.columns;
+    if (q.codes != nullptr) {
+      const uint8_t* __restrict__ given = q.codes + r * q.row_stride;
+      for (int64_t i = 0; i < q.columns; ++i) values[i] = to_value(given[i], scale, zero_point);
+      continue;
+    }
+    const float* __restrict__ x = q.x + r * q.row_stride;
     with_code_of(q, x, [&](const auto& code_of) __attribute__((always_inline)) {
       for (int64_t i = 0; i < q.columns; ++i)
         values[i] = to_value(code_of(x[i]), scale, zero_point);

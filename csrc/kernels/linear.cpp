@@ -157,7 +157,7 @@ class OutputGrid {
     const int64_t outputs = values.size(-1);
     const auto row = [&](int64_t i) { return numbers_.select(0, i).narrow(0, 0, outputs); };
     const at::Tensor x = values.to(at::kFloat).div(row(0)).add_(row(1));
-    return x.clamp_(0, max_code_).round_().to(at::kByte);
+    return x.clamp_(0, max_code_).nan_to_num_(0).round_().to(at::kByte);
   }
 
  private:

@@ -156,6 +156,39 @@ def test_probabilities_beside_ties_are_divided():
 # --- masks, shapes, types ---
 
 
+@pytest.mark.parametrize("softmax", [grid(), table()], ids=["grid", "table"])
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("bits", [(8, 8, 8), (4, 5, 3)])
+def test_codes_in_the_place_of_values(each_tier, zeros, bits, softmax):
+    for shape in SHAPES[1:4]:
+        options = grids(zeros, bits) | softmax
+        values = operands(shape, options)
+        names = ("query", "key", "value")
+        codes = [
+            uniform_quantize(x, options[f"{n}_scale"], options[f"{n}_zero_point"], bits=options[f"{n}_bits"])
+            for x, n in zip(values, names, strict=True)
+        ]
+        wanted = quantized_attention(*values, **options, scale=scale_for(zeros))
+        got = quantized_attention(*codes, **options, scale=scale_for(zeros))
+        assert got.dtype == torch.float32
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("operand", ["none", "all"])
+@pytest.mark.parametrize("softmax", [{}, grid(), table()], ids=["float", "grid", "table"])
+def test_output_codes_are_those_of_uniform_quantize(each_tier, softmax, operand):
+    for shape in SHAPES:
+        options = softmax | (grids() if operand == "all" else {})
+        values = operands(shape, grids())
+        y = quantized_attention(*values, **options)
+        for width in (3, 8):
+            scale, zero_point = y.abs().max() / 2**width, torch.tensor(2**width / 2 - 0.25)
+            wanted = uniform_quantize(y, scale, zero_point, bits=width)
+            grid = {"output_scale": scale, "output_zero_point": zero_point, "output_bits": width}
+            assert_same(quantized_attention(*values, **options, **grid), wanted)
+            assert wanted.unique().numel() > 4
+
+
 @pytest.mark.parametrize("softmax", [table(), table("paper"), grid(), grid(4, 0.5)])
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(each_tier, name, softmax):
@@ -229,8 +262,11 @@ def test_types(each_tier, dtype):
 
 def test_opcheck():
     q, k, v = inputs((2, 2, 6, 7, 8))
+    output = {"output_scale": torch.tensor(0.1), "output_zero_point": torch.tensor(3.0)}
     for softmax in ({}, table(), grid()):
         check_op(OP, (q, k, v), {**softmax, **grids()})
+        check_op(OP, [(x.abs() * 50).byte() for x in (q, k, v)], {**softmax, **grids()})
+        check_op(OP, (q, k, v), {**softmax, **output})
 
 
 def test_script():
@@ -257,6 +293,13 @@ ERRORS = [
     ({"key_scale": torch.tensor(-1.0)}, ValueError, "key_scale must be positive, got -1"),
     ({"value_zero_point": torch.tensor(torch.inf)}, ValueError, "value_zero_point must be finite, got inf"),
     ({"value_scale": torch.tensor(1.0).double()}, TypeError, "value_scale must be float32, got Double"),
+    ({"output_scale": torch.tensor(1.0)}, ValueError, "output_scale and output_zero_point must be given together"),
+    ({"q": torch.ones(2, 3).byte()}, TypeError, "k must have q's dtype Byte, got Float"),
+    (
+        {x: torch.ones(4, 3).byte() for x in "qkv"} | {"value_scale": None, "value_zero_point": None},
+        ValueError,
+        "codes need query_scale, key_scale and value_scale",
+    ),
     ({"q": torch.full((2, 3), torch.nan)}, ValueError, "q must be finite, got 6 NaN or Inf"),
     ({"k": torch.full((4, 3), torch.inf)}, ValueError, "k must be finite, got 12 NaN or Inf"),
     ({"v": torch.full((4, 3), -torch.inf)}, ValueError, "v must be finite, got 12 NaN or Inf"),

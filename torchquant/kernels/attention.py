@@ -27,6 +27,9 @@ def quantized_attention(
     value_scale: Tensor | None = None,
     value_zero_point: Tensor | None = None,
     value_bits: int = 8,
+    output_scale: Tensor | None = None,
+    output_zero_point: Tensor | None = None,
+    output_bits: int = 8,
 ) -> Tensor:
     """``quantize(softmax(q k^T scale + mask)) v``, some rows at a time: no tensor of L x S elements.
 
@@ -35,7 +38,8 @@ def quantized_attention(
     with any number of threads. CPU only, no gradient.
 
     Args:
-        q: float32, float16 or bfloat16 ``[..., L, D]``; work is in float32.
+        q: float32, float16 or bfloat16 ``[..., L, D]``; work is in float32. Or uint8, as k and v then: the codes that
+            :func:`uniform_quantize` gives on the three grids below.
         k, v: of q's dtype, ``[..., S, D]`` and ``[..., S, Dv]``; leading dimensions broadcast.
         mask: broadcastable to ``[..., L, S]``: bool, True where a key takes part, or floating, added. A row without any
             key has probability 0 everywhere.
@@ -46,10 +50,12 @@ def quantized_attention(
         query_scale, query_zero_point, query_bits, key_...: uniform grids of q and k, float32 of one value each; both or
             none.
         value_scale, value_zero_point, value_bits: that of v.
+        output_scale, output_zero_point, output_bits: one for the output, which is then uint8 codes.
 
     Returns:
-        ``[..., L, Dv]`` in q's dtype. Probabilities are exact to a few ulp, and 0 where they are under 2**-124 of the
-        row's largest. Where a score is NaN, its row gets NaN (with a table: code 0, as NaN in :func:`sulq_quantize`).
+        ``[..., L, Dv]`` in q's dtype (float32 for codes). Probabilities are exact to a few ulp, and 0 where they are
+        under 2**-124 of the row's largest. Where a score is NaN, its row gets NaN (with a table: code 0, as NaN in
+        :func:`sulq_quantize`).
 
     Raises:
         ValueError: shapes that do not fit, a mask with is_causal, falling thresholds, half a quantizer or two of them,
@@ -78,10 +84,15 @@ def quantized_attention(
         value_scale=value_scale,
         value_zero_point=value_zero_point,
         value_bits=value_bits,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_bits=output_bits,
     )
 
 
 @torch.library.register_fake("torchquant::quantized_attention")
 def _(q, k, v, mask=None, **options):  # type: ignore[no-untyped-def]
     leading = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
-    return q.new_empty((*torch.broadcast_shapes(*leading), q.shape[-2], v.shape[-1]))
+    dtype = torch.float32 if q.dtype == torch.uint8 else q.dtype
+    dtype = dtype if options.get("output_scale") is None else torch.uint8
+    return q.new_empty((*torch.broadcast_shapes(*leading), q.shape[-2], v.shape[-1]), dtype=dtype)

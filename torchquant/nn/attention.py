@@ -103,8 +103,28 @@ class QAttention(nn.Module):
             return self.query.is_integer() and self.key.is_integer() and self.value.is_integer()
         return False
 
+    def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """Scales and zero points of q, k and v, and their bits, where ``on_grids()`` and bits are equal."""
+        if hasattr(self.query, "zero_point") and hasattr(self.key, "zero_point") and hasattr(self.value, "zero_point"):
+            q, k, v = self.query, self.key, self.value
+            if self.on_grids() and q.bits == k.bits and q.bits == v.bits:
+                scale = torch.stack([q.scale.view([]), k.scale.view([]), v.scale.view([])])
+                zero_point = [q.zero_point.view([]), k.zero_point.view([]), v.zero_point.view([])]
+                return scale, torch.stack(zero_point), q.bits
+        return None, None, 8
+
     def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool, grids: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+        grids: bool,
+        output_scale: Tensor | None = None,
+        output_zero_point: Tensor | None = None,
+        output_bits: int = 8,
     ) -> Tensor:
         """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``; with ``grids`` also with
         those at ``query``, ``key`` and ``value``."""
@@ -126,7 +146,8 @@ class QAttention(nn.Module):
             q, k, v, mask, thresholds=table[0], exponents=table[1], eta=table[2], softmax_scale=grid[0],
             softmax_zero_point=grid[1], softmax_bits=bits[3], scale=scale, is_causal=is_causal, query_scale=query[0],
             query_zero_point=query[1], query_bits=bits[0], key_scale=key[0], key_zero_point=key[1], key_bits=bits[1],
-            value_scale=value[0], value_zero_point=value[1], value_bits=bits[2],
+            value_scale=value[0], value_zero_point=value[1], value_bits=bits[2], output_scale=output_scale,
+            output_zero_point=output_zero_point, output_bits=output_bits,
         )  # fmt: skip
 
 
@@ -150,10 +171,14 @@ class QSelfAttention(nn.Module):
             getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm", "norm", "proj_drop")
         )
         self.gate = getattr(module, "gate", None)
+        between = (self.q_norm, self.k_norm, self.norm)
+        self.between = any(type(module) is not nn.Identity for module in between)
         self.product = QAttention()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         batch, tokens, _ = x.shape
+        if self.fuses(x, attn_mask):
+            return self.proj(self.codes(x, attn_mask, is_causal))
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
@@ -162,6 +187,33 @@ class QSelfAttention(nn.Module):
         if self.gate is not None:
             mixed = mixed * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(mixed))
+
+    def fuses(self, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether codes can travel: every part is quantized, and nobody observes or changes what lies between."""
+        if self.training or self.between or self.gate is not None:
+            return False
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+            if hooked(self.qkv) or hooked(self.product) or hooked(self.proj):
+                return False
+        if hasattr(self.qkv, "kernel_weight") and hasattr(self.proj, "kernel_weight"):
+            ready = self.qkv.runs_packed(x) and self.proj.kernel_weight.numel() > 0
+            return ready and self.product.on_grids() and self.product.fits(x, x, x, mask)
+        return False
+
+    def codes(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """What goes into ``proj``: codes where its input has a grid. So do q, k and v."""
+        batch, tokens, _ = x.shape
+        mixed = x
+        if hasattr(self.qkv, "kernel_weight") and hasattr(self.proj, "kernel_weight"):
+            scale, zero_point, bits = self.product.input_grid()
+            qkv = self.qkv.packed(x, "none", scale, zero_point, bits)
+            qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            mask = None if is_causal else mask
+            output_scale, output_zero_point, output_bits = self.proj.input_grid()
+            mixed = self.product.fused(
+                qkv[0], qkv[1], qkv[2], mask, self.scale, is_causal, True, output_scale, output_zero_point, output_bits
+            )
+        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 class QWindowAttention(nn.Module):
