@@ -163,7 +163,7 @@ class Product {
     const int64_t groups = (x_.heads + heads_ - 1) / heads_;
     for_each_chunk(groups * parts,
                    [&](int64_t task) { attend(task / parts * heads_, task % parts * rows_); });
-    return code_grid_.has_value() && !stores_codes() ? code_grid_->codes_of(out_) : out_;
+    return output_.has_value() && !stores_codes() ? codes_of(out_, *output_) : out_;
   }
 
  private:
@@ -172,23 +172,29 @@ class Product {
   void quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const;
   void mix(AttentionRows work, int64_t head, int64_t row) const;
   // Integer products do; BLAS gives values first.
-  bool stores_codes() const { return code_grid_.has_value() && x_.value_codes.has_value(); }
+  bool stores_codes() const { return output_.has_value() && x_.value_codes.has_value(); }
 
   const Operands& x_;
   const Mask& mask_;
   const Levels& levels_;
   float scale_;
   bool is_causal_;
-  std::optional<CodeGrid> code_grid_;
-  at::Tensor out_;     // [heads, L, Dv]
-  int64_t rows_ = 0;   // of a task
-  int64_t heads_ = 0;  // of a task; more than one only with all their rows
+  std::optional<OperandGrid> output_;
+  std::optional<CodeGrid> code_grid_;  // where stores_codes()
+  at::Tensor out_;                     // [heads, L, Dv]
+  int64_t rows_ = 0;                   // of a task
+  int64_t heads_ = 0;                  // of a task; more than one only with all their rows
 };
 
 Product::Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
                  bool is_causal, const std::optional<OperandGrid>& output)
-    : x_(operands), mask_(mask), levels_(levels), scale_(scale), is_causal_(is_causal) {
-  if (output.has_value()) code_grid_.emplace(*output, x_.width);
+    : x_(operands),
+      mask_(mask),
+      levels_(levels),
+      scale_(scale),
+      is_causal_(is_causal),
+      output_(output) {
+  if (stores_codes()) code_grid_.emplace(x_.width, std::vector<Grid>{output->grid}, output->bits);
   out_ = at::empty({x_.heads, x_.rows, x_.width}, stores_codes() ? at::kByte : at::kFloat);
   const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
   const int64_t largest = integer ? kMaxIntegerScores : kMaxScores;
@@ -288,7 +294,7 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const bool codes = q.scalar_type() == at::kByte;
   if (operands.heads * operands.rows * operands.keys * operands.width == 0) {
     const at::Tensor zeros = at::zeros(shape, codes ? q.options().dtype(at::kFloat) : q.options());
-    return grids.output.has_value() ? CodeGrid(*grids.output, 0).codes_of(zeros) : zeros;
+    return grids.output.has_value() ? codes_of(zeros, *grids.output) : zeros;
   }
   const Product product(operands, of_scores, levels, static_cast<float>(scale), is_causal,
                         grids.output);

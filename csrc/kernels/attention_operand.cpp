@@ -41,6 +41,11 @@ std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
   return OperandGrid{grid, bits};
 }
 
+at::Tensor codes_of(const at::Tensor& values, const OperandGrid& grid) {
+  const at::Tensor x = values.div(grid.grid.scale).add_(grid.grid.zero_point);
+  return x.clamp_(0, max_code_of(grid.bits)).nan_to_num_(0).round_().to(at::kByte);
+}
+
 HeadRows::HeadRows(const at::Tensor& x, at::IntArrayRef leading)
     : x_(x.scalar_type() == at::kByte ? x : x.to(at::kFloat)) {
   if (x_.stride(-1) != 1) x_ = x_.contiguous();
@@ -132,22 +137,6 @@ at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid
     if (!own) finite = false;
   });
   return values;
-}
-
-CodeGrid::CodeGrid(const OperandGrid& grid, int64_t outputs)
-    : grid_(grid),
-      scale_(static_cast<size_t>(padded(outputs, kPanelOutputs)), grid.grid.scale),
-      zero_point_(scale_.size(), grid.grid.zero_point) {}
-
-void CodeGrid::apply_to(PackedProduct& product) const {
-  product.code_scale = scale_.data();
-  product.code_zero_point = zero_point_.data();
-  product.max_code = max_code_of(grid_.bits);
-}
-
-at::Tensor CodeGrid::codes_of(const at::Tensor& values) const {
-  const at::Tensor x = values.div(grid_.grid.scale).add_(grid_.grid.zero_point);
-  return x.clamp_(0, max_code_of(grid_.bits)).nan_to_num_(0).round_().to(at::kByte);
 }
 
 IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)

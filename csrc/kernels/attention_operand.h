@@ -5,11 +5,11 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <csrc/kernels/attention.h>
+#include <csrc/kernels/code_grid.h>
 
 #include <atomic>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 namespace torchquant {
@@ -23,6 +23,9 @@ struct OperandGrid {
 std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
                                         const std::optional<at::Tensor>& scale,
                                         const std::optional<at::Tensor>& zero_point, int64_t bits);
+
+// Codes of values that are there already.
+at::Tensor codes_of(const at::Tensor& values, const OperandGrid& grid);
 
 // [..., R, C], broadcast to leading dimensions, as rows of every head: float32 or codes. They stay
 // where they lie if the elements of a row are neighbours.
@@ -66,19 +69,6 @@ class PackedHeads {
 // float32 [heads, R, C]: the nearest values of the grid.
 at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid& grid,
                              std::atomic<bool>& finite);
-
-// One grid for outputs of products, once for each of them.
-class CodeGrid {
- public:
-  CodeGrid(const OperandGrid& grid, int64_t outputs);
-  void apply_to(PackedProduct& product) const;
-  // Of values that are there already.
-  at::Tensor codes_of(const at::Tensor& values) const;
-
- private:
-  OperandGrid grid_;
-  std::vector<float> scale_, zero_point_;
-};
 
 // Integer activations of some rows of one head.
 class IntegerRows {

@@ -3,46 +3,20 @@
 #include <csrc/kernels/attention.h>
 #include <csrc/kernels/attention_widen.h>
 #include <csrc/kernels/integers.h>
+#include <csrc/kernels/reciprocal.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
 constexpr int64_t kSteps = kBlockInputs / 4;
 
-// Note [quotients by multiplication]: with the reciprocal in two parts the first quotient is one of
-// the two floats beside x / scale, its remainder is exact, and one correction gives what division
-// gives (Markstein 1990), as long as nothing overflows or loses bits at the lower end. Quotients
-// under 2^-41 may lose some: no code sees it.
-struct Reciprocal {
-  explicit Reciprocal(float of)
-      : scale(of),
-        high(1.0f / of),
-        low(static_cast<float>(1.0 / static_cast<double>(of) - static_cast<double>(high))) {}
-#if defined(__FMA__)
-  inline __attribute__((always_inline)) float times(float x) const {
-    const float quotient = __builtin_fmaf(x, high, x * low);
-    return __builtin_fmaf(__builtin_fmaf(-quotient, scale, x), high, quotient);
-  }
-  static bool serves(const Grid& grid, float largest) {
-    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f, kFarthest = 0x1p20f;
-    return grid.scale > kLeast && grid.scale < kMost && absolute(grid.zero_point) < kFarthest &&
-           largest < kMost * grid.scale;
-  }
-#else
-  float times(float x) const { return x / scale; }
-  static bool serves(const Grid&, float) { return false; }
-#endif
-  float scale, high, low;
-};
-
 // Calls take(code_of) with the function from values to codes that serves row x.
 template <class Take>
 inline __attribute__((always_inline)) void with_code_of(const QuantizeOperand& q, const float* x,
                                                         const Take& take) {
   const float scale = q.grid.scale, zero_point = q.grid.zero_point, max_code = q.max_code;
-  const int32_t bits = magnitude_bits(x, q.columns);
-  if (bits > kFiniteBits) *q.finite = false;
-  if (Reciprocal::serves(q.grid, __builtin_bit_cast(float, bits))) {
+  if (magnitude_bits(x, q.columns) > kFiniteBits) *q.finite = false;
+  if (Reciprocal::serves(q.grid)) {
     const Reciprocal reciprocal(scale);
     take([=](float value) __attribute__((always_inline)) {
       return to_code(reciprocal.times(value), 1.0f, zero_point, max_code);

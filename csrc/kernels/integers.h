@@ -1,6 +1,7 @@
 // Integers of activations, for the tier files of every kernel that makes them.
 #pragma once
 #include <csrc/core/quant_math.h>
+#include <csrc/kernels/reciprocal.h>
 
 #include <cstdint>
 
@@ -80,6 +81,13 @@ static inline __attribute__((always_inline)) int32_t integers_of(const IntegerGr
   }
   const float scale = grid.scale, zero_point = grid.zero_point, max_code = grid.max_code;
   const int32_t shift = grid.shift;
+  if (Reciprocal::serves({scale, zero_point})) {
+    const Reciprocal reciprocal(scale);
+    return fill_integers(a, count, [=](int64_t i) {
+      const float code = to_code(reciprocal.times(x[i]), 1.0f, zero_point, max_code);
+      return static_cast<int32_t>(code) - shift;
+    });
+  }
   return fill_integers(a, count, [=](int64_t i) {
     return static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift;
   });

@@ -3,7 +3,6 @@
 
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
@@ -12,10 +11,12 @@
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
+#include <csrc/kernels/code_grid.h>
 #include <csrc/kernels/integer_input.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string_view>
@@ -106,11 +107,14 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
     q.shift = 1 << (grid.bits - 1);
     q.max_code = max_code_of(grid.bits);
     if (x.is_cpu() && grid.scale->numel() == 1) {
-      q.scale = grid.scale->item<float>();
-      q.zero_point = grid.zero_point->item<float>();
+      q.scale = *grid.scale->const_data_ptr<float>();
+      q.zero_point = *grid.zero_point->const_data_ptr<float>();
       check_positive("input_scale", q.scale);
-      a.scale = at::full({rows}, q.scale, floats);
-      a.zero = at::full({rows}, q.zero_point - static_cast<float>(q.shift), floats);
+      a.scale = at::empty({rows}, floats);
+      a.zero = at::empty({rows}, floats);
+      std::fill_n(a.scale.mutable_data_ptr<float>(), rows, q.scale);
+      std::fill_n(a.zero.mutable_data_ptr<float>(), rows,
+                  q.zero_point - static_cast<float>(q.shift));
     } else {
       const auto spread = [&](const at::Tensor& t) { return t.reshape({-1}).expand({rows}); };
       a.zero = spread(*grid.zero_point).sub(q.shift);
@@ -127,59 +131,77 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
 }
 
 // The grid of the codes that take the place of outputs, where one is given: one number or one for
-// each of `parts` equal parts of the outputs.
+// each of equal parts of the outputs.
 class OutputGrid {
  public:
   OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional<at::Tensor>& scale,
-             const std::optional<at::Tensor>& zero_point, int64_t bits)
-      : max_code_(max_code_of(bits)) {
-    TORCH_CHECK_VALUE(scale.has_value() == zero_point.has_value(), kOp,
-                      ": output_scale and output_zero_point must be given together");
-    if (!scale.has_value()) return;
-    check_bits(kOp, bits);
-    numbers_ = at::empty({2, padded(outputs, kPanelOutputs)},
-                         x.options().dtype(at::kFloat).requires_grad(false));
-    spread(0, "output_scale", x, outputs, *scale, scale->numel());
-    spread(1, "output_zero_point", x, outputs, *zero_point, scale->numel());
-  }
+             const std::optional<at::Tensor>& zero_point, int64_t bits);
 
-  bool given() const { return numbers_.defined(); }
-
-  void apply_to(PackedProduct& product, const at::Tensor& codes) const {
-    product.codes = codes.mutable_data_ptr<uint8_t>();
-    product.code_scale = numbers_.const_data_ptr<float>();
-    product.code_zero_point = product.code_scale + numbers_.size(1);
-    product.max_code = max_code_;
-  }
-
-  // to_code in ATen's operators.
-  at::Tensor codes_of(const at::Tensor& values) const {
-    const int64_t outputs = values.size(-1);
-    const auto row = [&](int64_t i) { return numbers_.select(0, i).narrow(0, 0, outputs); };
-    const at::Tensor x = values.to(at::kFloat).div(row(0)).add_(row(1));
-    return x.clamp_(0, max_code_).nan_to_num_(0).round_().to(at::kByte);
-  }
+  bool given() const { return scale_.defined(); }
+  void apply_to(PackedProduct& product, const at::Tensor& codes) const;
+  at::Tensor codes_of(const at::Tensor& values) const;
 
  private:
-  void spread(int64_t row, const char* name, const at::Tensor& x, int64_t outputs,
-              const at::Tensor& given, int64_t parts) {
-    TORCH_CHECK_TYPE(given.scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
-                     given.scalar_type());
-    check_same_device(kOp, name, given, x);
-    TORCH_CHECK_VALUE(given.numel() == parts && parts > 0 && outputs % parts == 0, kOp, ": ", name,
-                      " must be one number, or one for each of equal parts of the ", outputs,
-                      " outputs, got ", given.sizes());
-    const at::Tensor to = numbers_.select(0, row);
-    to.narrow(0, outputs, to.size(0) - outputs).fill_(1);
-    to.narrow(0, 0, outputs).view({parts, -1}).copy_(given.reshape({parts, 1}));
-    if (row != 0 || !x.is_cpu()) return;
-    const at::Tensor dense = given.contiguous();
-    for (int64_t i = 0; i < parts; ++i) check_positive(name, dense.const_data_ptr<float>()[i]);
-  }
+  void check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
+             int64_t outputs) const;
 
-  at::Tensor numbers_;  // [2, outputs padded]: scale, zero point
-  float max_code_;
+  at::Tensor scale_, zero_point_;  // contiguous; on CUDA one for each output
+  int64_t bits_;
+  std::optional<CodeGrid> on_cpu_;
 };
+
+void OutputGrid::check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
+                       int64_t outputs) const {
+  TORCH_CHECK_TYPE(numbers.scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
+                   numbers.scalar_type());
+  check_same_device(kOp, name, numbers, x);
+  const int64_t parts = scale_.numel();
+  TORCH_CHECK_VALUE(numbers.numel() == parts && parts > 0 && outputs % parts == 0, kOp, ": ", name,
+                    " must be one number, or one for each of equal parts of the ", outputs,
+                    " outputs, got ", numbers.sizes());
+}
+
+OutputGrid::OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional<at::Tensor>& scale,
+                       const std::optional<at::Tensor>& zero_point, int64_t bits)
+    : bits_(bits) {
+  TORCH_CHECK_VALUE(scale.has_value() == zero_point.has_value(), kOp,
+                    ": output_scale and output_zero_point must be given together");
+  if (!scale.has_value()) return;
+  check_bits(kOp, bits);
+  scale_ = scale->contiguous();
+  zero_point_ = zero_point->contiguous();
+  check("output_scale", scale_, x, outputs);
+  check("output_zero_point", zero_point_, x, outputs);
+  const int64_t parts = scale_.numel();
+  if (x.is_cuda()) {
+    const auto spread = [&](const at::Tensor& numbers) {
+      return numbers.reshape({parts, 1}).expand({parts, outputs / parts}).reshape({outputs});
+    };
+    scale_ = spread(scale_);
+    zero_point_ = spread(zero_point_);
+    return;
+  }
+  std::vector<Grid> grids;
+  for (int64_t i = 0; i < parts; ++i) {
+    grids.push_back({scale_.const_data_ptr<float>()[i], zero_point_.const_data_ptr<float>()[i]});
+    check_positive("output_scale", grids.back().scale);
+  }
+  on_cpu_.emplace(outputs, grids, bits);
+}
+
+void OutputGrid::apply_to(PackedProduct& product, const at::Tensor& codes) const {
+  product.codes = codes.mutable_data_ptr<uint8_t>();
+  if (on_cpu_.has_value()) return on_cpu_->apply_to(product);
+  product.code_scale = scale_.const_data_ptr<float>();
+  product.code_zero_point = zero_point_.const_data_ptr<float>();
+  product.max_code = max_code_of(bits_);
+}
+
+// to_code in ATen's operators, on CUDA.
+at::Tensor OutputGrid::codes_of(const at::Tensor& values) const {
+  const at::Tensor x = values.to(at::kFloat).div(scale_).add_(zero_point_);
+  return x.clamp_(0, max_code_of(bits_)).nan_to_num_(0).round_().to(at::kByte);
+}
 
 PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
   const BlockLayout& layout = all.weight.layout;

@@ -108,6 +108,8 @@ struct PackedProduct {
   const float* code_scale;       // [stride]
   const float* code_zero_point;  // [stride]
   float max_code;
+  const float* code_reciprocal;  // [stride], or null: Note [division by products]
+  const float* code_reciprocal_rest;
 
   // For CUDA: the sums over u * a of each of the `segments` parts that a group is cut into.
   int64_t segments;

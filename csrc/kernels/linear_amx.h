@@ -14,6 +14,7 @@ constexpr int64_t kRowsAtOnce = 256;  // their sums stay in L2
 constexpr int64_t kMostRowBlocks = kRowsAtOnce / (2 * kTileRows) + 1;
 constexpr int64_t kPanelBlocks = 16;                         // 512 inputs of two tiles: 16 KB
 constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
+constexpr int64_t kBlocksBehind = 8;
 constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
 
@@ -174,13 +175,13 @@ class AmxProduct {
         for (int t = 0; t < T; ++t)
           unpack_blocks(formats[t], lines_of(w_, tile_ + t, block), w_.layout.bits, blocks,
                         panel_ + t * kPanelBytes);
-        // Sums are read one block later: they are not forwarded from stores of tiles.
+        // Sums are read some blocks later: they are not forwarded from stores of tiles.
         const bool whole = block + blocks == end;
-        for (int64_t i = 0; i < row_block_count_; ++i) {
-          multiply<T>(i, block, blocks, block == first);
-          if (whole && i > 0) finish_rows<T>(i - 1, g);
+        const int64_t behind = blocks < kBlocksBehind ? kBlocksBehind / blocks : 1;
+        for (int64_t i = 0; i < row_block_count_ + (whole ? behind : 0); ++i) {
+          if (i < row_block_count_) multiply<T>(i, block, blocks, block == first);
+          if (whole && i >= behind) finish_rows<T>(i - behind, g);
         }
-        if (whole) finish_rows<T>(row_block_count_ - 1, g);
       }
     }
   }

@@ -2,6 +2,7 @@
 // outputs in registers.
 #pragma once
 #include <csrc/kernels/linear_tile.h>
+#include <csrc/kernels/reciprocal.h>
 
 // g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
 #pragma GCC diagnostic push
@@ -124,6 +125,10 @@ struct TileOutputs {
     if (p.codes != nullptr) {
       code_scale = _mm512_loadu_ps(p.code_scale + output);
       code_zero_point = _mm512_loadu_ps(p.code_zero_point + output);
+      if (p.code_reciprocal != nullptr) {
+        reciprocal = _mm512_loadu_ps(p.code_reciprocal + output);
+        reciprocal_rest = _mm512_loadu_ps(p.code_reciprocal_rest + output);
+      }
     }
   }
 
@@ -157,13 +162,22 @@ struct TileOutputs {
       return;
     }
     // to_code: the conversion rounds half to even, NaN becomes 0.
-    const __m512 code = _mm512_max_ps(y / code_scale + code_zero_point, _mm512_setzero_ps());
+    const __m512 quotient = p.code_reciprocal != nullptr ? divided(y) : y / code_scale;
+    const __m512 code = _mm512_max_ps(quotient + code_zero_point, _mm512_setzero_ps());
     const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(code, _mm512_set1_ps(p.max_code)));
     _mm512_mask_cvtepi32_storeu_epi8(p.codes + at, there, codes);
   }
 
+  // Reciprocal::times.
+  inline __attribute__((always_inline)) __m512 divided(__m512 y) const {
+    y = _mm512_min_ps(code_scale * Reciprocal::kLimit, y);
+    const __m512 quotient = _mm512_fmadd_ps(y, reciprocal, y * reciprocal_rest);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, code_scale, y), reciprocal, quotient);
+  }
+
   __m512 scale, offset = _mm512_setzero_ps(), sum = offset, bias = offset;
   __m512 code_scale = offset, code_zero_point = offset;
+  __m512 reciprocal = offset, reciprocal_rest = offset;
   __mmask16 there;
 };
 

@@ -1,0 +1,34 @@
+#include <csrc/kernels/code_grid.h>
+
+#include <csrc/kernels/reciprocal.h>
+
+#include <algorithm>
+
+namespace torchquant {
+
+CodeGrid::CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits)
+    : stride_(padded(outputs, kPanelOutputs)),
+      by_products_(std::all_of(parts.begin(), parts.end(), Reciprocal::in_range)),
+      max_code_(max_code_of(bits)),
+      numbers_(static_cast<size_t>(4 * stride_), 1.0f) {
+  const int64_t count = outputs / static_cast<int64_t>(parts.size());
+  float* part = numbers_.data();
+  for (const Grid& grid : parts) {
+    const Reciprocal reciprocal(grid.scale);
+    std::fill_n(part, count, grid.scale);
+    std::fill_n(part + stride_, count, grid.zero_point);
+    std::fill_n(part + 2 * stride_, count, reciprocal.high);
+    std::fill_n(part + 3 * stride_, count, reciprocal.low);
+    part += count;
+  }
+}
+
+void CodeGrid::apply_to(PackedProduct& product) const {
+  product.code_scale = numbers_.data();
+  product.code_zero_point = numbers_.data() + stride_;
+  product.code_reciprocal = by_products_ ? numbers_.data() + 2 * stride_ : nullptr;
+  product.code_reciprocal_rest = numbers_.data() + 3 * stride_;
+  product.max_code = max_code_;
+}
+
+}  // namespace torchquant

@@ -1,0 +1,23 @@
+// Outputs of packed products as codes, on the CPU: the grid of every output where the kernels read
+// it.
+#pragma once
+#include <csrc/kernels/linear.h>
+
+#include <vector>
+
+namespace torchquant {
+
+class CodeGrid {
+ public:
+  // One grid for each of as many equal parts of the outputs.
+  CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits);
+  void apply_to(PackedProduct& product) const;
+
+ private:
+  int64_t stride_;
+  bool by_products_;  // Note [division by products]
+  float max_code_;
+  std::vector<float> numbers_;  // [4, stride]: scale, zero point, reciprocal of scale in two parts
+};
+
+}  // namespace torchquant
