@@ -78,40 +78,38 @@ class QAttention(nn.Module):
     def fits(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         """Whether ``fused`` can take over: a table or one grid for the softmax that nobody observes, float32 on the
         CPU, no gradient."""
-        if not torch.jit.is_scripting():
-            point = self.softmax
-            if type(point) not in FUSED or hooked(point):
+        softmax = self.softmax
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+            if type(softmax) not in FUSED or hooked(softmax):
                 return False
-        needs_grad = gradient_wanted(q) or gradient_wanted(k) or gradient_wanted(v)
-        plain = q.is_cpu and q.dtype == torch.float32 and k.dtype == torch.float32 and v.dtype == torch.float32
-        if mask is not None:
-            needs_grad = needs_grad or gradient_wanted(mask)
-            plain = plain and (mask.dtype == torch.bool or mask.dtype == torch.float32)
-        if not plain or needs_grad:
+        if not (takes(q) and takes(k) and takes(v)) or (
+            mask is not None and (gradient_wanted(mask) or (mask.dtype != torch.bool and mask.dtype != torch.float32))
+        ):
             return False
-        if hasattr(self.softmax, "zero_point"):
-            return self.softmax.zero_point.numel() == 1  # type: ignore[operator]
-        return hasattr(self.softmax, "thresholds")
+        if hasattr(softmax, "zero_point"):
+            return softmax.zero_point.numel() == 1
+        return hasattr(softmax, "thresholds")
 
     def on_grids(self) -> bool:
         """Whether q, k and v have one uniform grid each and nobody observes their quantizers."""
+        q, k, v = self.query, self.key, self.value
         if not torch.jit.is_scripting():
-            for point in (self.query, self.key, self.value):
+            for point in (q, k, v):
                 if type(point) is not UniformQuantizer or hooked(point):
                     return False
-        if hasattr(self.query, "zero_point") and hasattr(self.key, "zero_point") and hasattr(self.value, "zero_point"):
-            return self.query.is_integer() and self.key.is_integer() and self.value.is_integer()
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
+            return q.is_integer() and k.is_integer() and v.is_integer()
         return False
 
-    def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """Scales and zero points of q, k and v, and their bits, where ``on_grids()`` and bits are equal."""
-        if hasattr(self.query, "zero_point") and hasattr(self.key, "zero_point") and hasattr(self.value, "zero_point"):
-            q, k, v = self.query, self.key, self.value
+    def code_grids(self) -> Tensor | None:
+        """The scales of q, k and v, then their zero points, where ``on_grids()`` and they have as many bits."""
+        q, k, v = self.query, self.key, self.value
+        # TorchScript compiles what hasattr holds for.
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):  # noqa: SIM102
             if self.on_grids() and q.bits == k.bits and q.bits == v.bits:
-                scale = torch.stack([q.scale.view([]), k.scale.view([]), v.scale.view([])])
-                zero_point = [q.zero_point.view([]), k.zero_point.view([]), v.zero_point.view([])]
-                return scale, torch.stack(zero_point), q.bits
-        return None, None, 8
+                numbers = [q.scale, k.scale, v.scale, q.zero_point, k.zero_point, v.zero_point]
+                return torch.cat([number.view(1) for number in numbers])
+        return None
 
     def fused(
         self,
@@ -131,17 +129,18 @@ class QAttention(nn.Module):
         none: Tensor | None = None
         table, grid, bits = [none, none, none], [none, none], [8, 8, 8, 8]
         query, key, value = [none, none], [none, none], [none, none]
-        if hasattr(self.softmax, "thresholds"):
-            table[0], table[1], table[2] = self.softmax.thresholds, self.softmax.exponents, self.softmax.eta
-        if hasattr(self.softmax, "zero_point"):
-            grid[0], grid[1], bits[3] = self.softmax.scale, self.softmax.zero_point, self.softmax.bits
+        softmax, of_query, of_key, of_value = self.softmax, self.query, self.key, self.value
         # TorchScript compiles a branch whose hasattr holds, and passes over the others.
-        if hasattr(self.query, "zero_point") and grids:
-            query[0], query[1], bits[0] = self.query.scale, self.query.zero_point, self.query.bits
-        if hasattr(self.key, "zero_point") and grids:
-            key[0], key[1], bits[1] = self.key.scale, self.key.zero_point, self.key.bits
-        if hasattr(self.value, "zero_point") and grids:
-            value[0], value[1], bits[2] = self.value.scale, self.value.zero_point, self.value.bits
+        if hasattr(softmax, "zero_point"):
+            grid[0], grid[1], bits[3] = softmax.scale, softmax.zero_point, softmax.bits
+        elif hasattr(softmax, "thresholds"):
+            table[0], table[1], table[2] = softmax.thresholds, softmax.exponents, softmax.eta
+        if hasattr(of_query, "zero_point") and grids:
+            query[0], query[1], bits[0] = of_query.scale, of_query.zero_point, of_query.bits
+        if hasattr(of_key, "zero_point") and grids:
+            key[0], key[1], bits[1] = of_key.scale, of_key.zero_point, of_key.bits
+        if hasattr(of_value, "zero_point") and grids:
+            value[0], value[1], bits[2] = of_value.scale, of_value.zero_point, of_value.bits
         return torch.ops.torchquant.quantized_attention(
             q, k, v, mask, thresholds=table[0], exponents=table[1], eta=table[2], softmax_scale=grid[0],
             softmax_zero_point=grid[1], softmax_bits=bits[3], scale=scale, is_causal=is_causal, query_scale=query[0],
@@ -149,6 +148,10 @@ class QAttention(nn.Module):
             value_scale=value[0], value_zero_point=value[1], value_bits=bits[2], output_scale=output_scale,
             output_zero_point=output_zero_point, output_bits=output_bits,
         )  # fmt: skip
+
+
+def takes(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and not gradient_wanted(x)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -171,14 +174,15 @@ class QSelfAttention(nn.Module):
             getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm", "norm", "proj_drop")
         )
         self.gate = getattr(module, "gate", None)
-        between = (self.q_norm, self.k_norm, self.norm)
-        self.between = any(type(module) is not nn.Identity for module in between)
+        between = [module for module in (self.q_norm, self.k_norm, self.norm) if type(module) is not nn.Identity]
+        self.between = len(between) > 0 or self.gate is not None
         self.product = QAttention()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         batch, tokens, _ = x.shape
-        if self.fuses(x, attn_mask):
-            return self.proj(self.codes(x, attn_mask, is_causal))
+        grids = self.code_grids(x, attn_mask)
+        if grids is not None:
+            return self.proj(self.codes(x, grids, attn_mask, is_causal))
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
@@ -188,32 +192,31 @@ class QSelfAttention(nn.Module):
             mixed = mixed * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(mixed))
 
-    def fuses(self, x: Tensor, mask: Tensor | None) -> bool:
-        """Whether codes can travel: every part is quantized, and nobody observes or changes what lies between."""
-        if self.training or self.between or self.gate is not None:
-            return False
+    def code_grids(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Those of ``product`` where codes can travel: every part is quantized, and nobody observes or changes what
+        lies between them."""
+        qkv, product, proj = self.qkv, self.product, self.proj
+        if self.training or self.between:
+            return None
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
-            if hooked(self.qkv) or hooked(self.product) or hooked(self.proj):
-                return False
-        if hasattr(self.qkv, "kernel_weight") and hasattr(self.proj, "kernel_weight"):
-            ready = self.qkv.runs_packed(x) and self.proj.kernel_weight.numel() > 0
-            return ready and self.product.on_grids() and self.product.fits(x, x, x, mask)
-        return False
+            if hooked(qkv) or hooked(product) or hooked(proj):
+                return None
+        if hasattr(qkv, "kernel_weight") and hasattr(proj, "kernel_weight"):  # noqa: SIM102
+            if qkv.runs_packed(x) and proj.kernel_weight.numel() > 0 and product.fits(x, x, x, mask):
+                return self.product.code_grids()
+        return None
 
-    def codes(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    def codes(self, x: Tensor, grids: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """What goes into ``proj``: codes where its input has a grid. So do q, k and v."""
         batch, tokens, _ = x.shape
-        mixed = x
-        if hasattr(self.qkv, "kernel_weight") and hasattr(self.proj, "kernel_weight"):
-            scale, zero_point, bits = self.product.input_grid()
-            qkv = self.qkv.packed(x, "none", scale, zero_point, bits)
-            qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        layer, product, proj = self.qkv, self.product, self.proj
+        if hasattr(layer, "kernel_weight") and hasattr(proj, "kernel_weight") and hasattr(product.query, "zero_point"):
+            qkv = layer.packed(x, "none", grids[:3], grids[3:], product.query.bits)
+            q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            scale, zero_point, bits = proj.input_grid()
             mask = None if is_causal else mask
-            output_scale, output_zero_point, output_bits = self.proj.input_grid()
-            mixed = self.product.fused(
-                qkv[0], qkv[1], qkv[2], mask, self.scale, is_causal, True, output_scale, output_zero_point, output_bits
-            )
-        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
+            x = product.fused(q, k, v, mask, self.scale, is_causal, True, scale, zero_point, bits)
+        return x.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 class QWindowAttention(nn.Module):

@@ -12,10 +12,11 @@ from ..kernels import pack_codes, unpack_codes
 def gradient_wanted(x: Tensor) -> bool:
     """Whether somebody may ask for the gradient of ``x``. Not of an exported graph: it is for inference, though the
     float parameters ahead of ``x`` ask for gradients while it is traced."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
-        if torch.compiler.is_exporting():
+        if wanted and torch.compiler.is_exporting():
             return False
-    return torch.is_grad_enabled() and x.requires_grad
+    return wanted
 
 
 class QuantizedLayer(nn.Module):
@@ -124,7 +125,7 @@ class QuantizedLayer(nn.Module):
         if device != grid.device:
             if not self.kernel_fits(device):
                 self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), self.kernel_grid.new_empty(0)
-            elif self.kernel_weight.numel() == 0:
+            elif self.kernel_weight.numel() == 0 and grid.device.type != "meta":  # then there are no numbers yet
                 self.prepack()
         return self
 

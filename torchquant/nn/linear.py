@@ -55,18 +55,21 @@ class QLinear(QuantizedLayer):
 
     def runs_packed(self, x: Tensor) -> bool:
         """Whether ``forward`` takes the packed kernel for float ``x``."""
+        quantizer = self.input_quantizer  # looked up once: submodules and buffers are found slowly
         if not self.kernel_runs(x):
             return False
-        elif self.input_quantizer is None:
+        elif quantizer is None:
             return True
-        return self.input_quantizer.is_integer()
+        return quantizer.is_integer()
 
     def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
         """Scale, zero point and bits of the input quantizer, where it has one grid for everything."""
-        if self.input_quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
-            if hasattr(self.input_quantizer, "zero_point"):  # noqa: SIM102
-                if self.input_quantizer.is_integer():
-                    return self.input_quantizer.scale, self.input_quantizer.zero_point, self.input_quantizer.bits
+        quantizer = self.input_quantizer
+        if quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
+            if hasattr(quantizer, "zero_point"):
+                scale, zero_point = quantizer.scale, quantizer.zero_point
+                if scale.numel() == 1:
+                    return scale, zero_point, quantizer.bits
         return None, None, 8
 
     def packed(
@@ -80,11 +83,12 @@ class QLinear(QuantizedLayer):
         """`torchquant.kernels.quantized_linear` of what ``runs_packed``, or of the codes of ``input_grid``."""
         dtype = self.float_like.dtype if x.dtype == torch.uint8 else x.dtype
         scale, zero_point, bits = self.input_grid()
+        quantizer = self.input_quantizer
         if scale is None:
             bits = 16
-            if self.input_quantizer is not None:
-                x, scale, zero_point = self.input_quantizer.for_kernel(x)
-                bits = self.input_quantizer.bits
+            if quantizer is not None:
+                x, scale, zero_point = quantizer.for_kernel(x)
+                bits = quantizer.bits
         y = torch.ops.torchquant.quantized_linear(
             x,
             self.kernel_weight,

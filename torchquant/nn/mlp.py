@@ -40,8 +40,9 @@ class QMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses(x):
-            scale, zero_point, bits = self.fc2.input_grid()
-            return self.fc2(self.fc1.packed(x, self.activation, scale, zero_point, bits))
+            fc2 = self.fc2
+            scale, zero_point, bits = fc2.input_grid()
+            return fc2(self.fc1.packed(x, self.activation, scale, zero_point, bits))
         return self.unfused(x)
 
     def unfused(self, x: Tensor) -> Tensor:
@@ -52,8 +53,9 @@ class QMlp(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
             if observed(self):
                 return False
-        if hasattr(self.fc1, "kernel_weight") and hasattr(self.fc2, "kernel_weight"):
-            return not self.training and self.fc1.runs_packed(x) and self.fc2.kernel_weight.numel() > 0
+        fc1, fc2 = self.fc1, self.fc2
+        if hasattr(fc1, "kernel_weight") and hasattr(fc2, "kernel_weight"):
+            return not self.training and fc1.runs_packed(x) and fc2.kernel_weight.numel() > 0
         return False
 
 
@@ -100,7 +102,7 @@ class QSequentialMlp(nn.Sequential):
 
 def observed(module: nn.Module) -> bool:
     """Whether somebody looks at what passes between the parts of ``module``."""
-    return any(hooked(part) for part in module.modules() if part is not module)
+    return any(hooked(part) for part in module._modules.values() if part is not None)
 
 
 def activation_name(module: nn.Module) -> str:
