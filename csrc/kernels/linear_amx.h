@@ -5,6 +5,8 @@
 #include <csrc/kernels/linear_zmm.h>
 #include <stdlib.h>
 
+#include <type_traits>
+
 namespace torchquant {
 namespace {
 
@@ -17,6 +19,11 @@ constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
 constexpr int64_t kBlocksBehind = 8;
 constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
+
+template <class Take>
+inline void with_bool(bool value, const Take& take) {
+  value ? take(std::true_type()) : take(std::false_type());
+}
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1;
@@ -147,10 +154,129 @@ struct TileProduct {
   }
 };
 
+// What of a product is known when its last loop is compiled.
+template <bool kZero, bool kBias, bool kCodes, bool kActivates>
+struct Plain {
+  // One group, bytes, and nothing but what the names say.
+  static bool is(const PackedProduct& p) {
+    return p.weight.layout.groups == 1 && p.weight.offset == nullptr && p.residual == nullptr &&
+           p.narrow != nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
+  }
+  static void know(PackedProduct& p) {
+    p.weight.layout.groups = 1;
+    p.weight.offset = nullptr;
+    p.residual = nullptr;
+    know_pointer<kZero>(p.a_zero);
+    know_pointer<kBias>(p.bias);
+    know_pointer<kCodes>(p.codes);
+    know_pointer<kCodes>(p.code_reciprocal);
+    if (!kActivates) p.epilogue = Epilogue::none;
+  }
+
+ private:
+  template <bool kThere, class T>
+  static void know_pointer(T*& pointer) {
+    if (!kThere) {
+      pointer = nullptr;
+    } else if (pointer == nullptr) {
+      __builtin_unreachable();
+    }
+  }
+};
+
+struct Anything {
+  static void know(const PackedProduct&) {}
+};
+
+// The sums of a chunk of rows, and the way from there to outputs.
+class AmxSums {
+ protected:
+  AmxSums(const PackedProduct& p, Activations a) : p_(p), w_(p.weight), a_(a) {}
+
+  template <int T>
+  void finish_rows(int64_t i, int64_t g) {
+    if (!Plain<false, false, false, false>::is(p_) || row_blocks_[i].tiles != 2)
+      return finish<T, Anything>(i, g);
+    with_bool(p_.a_zero != nullptr, [&](auto zero) {
+      with_bool(p_.bias != nullptr, [&](auto bias) {
+        with_bool(p_.codes != nullptr, [&](auto codes) {
+          with_bool(p_.epilogue != Epilogue::none,
+                    [&](auto activates) { finish<T, Plain<zero, bias, codes, activates>>(i, 0); });
+        });
+      });
+    });
+  }
+
+  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
+    const __m512i sum = _mm512_load_si512(sums);
+    if (tiles == 2) return sum;
+    return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
+  }
+
+  // Rows of a block whose sums are there.
+  template <int T, class Known>
+  void finish(int64_t i, int64_t g) {
+    constexpr bool kAny = std::is_same_v<Known, Anything>;
+    const RowBlock rows = row_blocks_[i];
+    const int64_t tiles = kAny ? rows.tiles : 2;
+    PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
+    Known::know(p);
+    const bool last_group = g + 1 == p.weight.layout.groups;
+    const bool activates = p.epilogue != Epilogue::none;
+    const bool wide = kAny && a_.lower != nullptr;
+    const int64_t whole = rows.first + tiles * kTileRows, end = whole < rows_ ? whole : rows_;
+    const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
+    const int32_t* sums = sums_ + i * kBlockSums + (rows.fresh - rows.first) * kSumStride;
+    const int32_t* lower = lower_sums_ + (sums - sums_);
+    constexpr int64_t kStride = T * kTileOutputs;
+    float* const first = values_ + rows.fresh * kStride;
+    float* values = first;
+    for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
+      const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) {
+        __m512i d = sum_of(sums + t * kTileOutputs, tiles);
+        if (wide)
+          d = _mm512_add_epi32(_mm512_slli_epi32(d, 8), sum_of(lower + t * kTileOutputs, tiles));
+        d = _mm512_add_epi32(d, start);
+        __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
+        if (last_group) value = outputs[t].scaled(p, row, value);
+        if (last_group && !activates) {
+          outputs[t].store(p, row, tile_ + t, value);
+        } else {
+          _mm512_store_ps(values + t * kTileOutputs, value);
+        }
+      }
+      sums += kSumStride;
+      lower += kSumStride;
+      values += kStride;
+    }
+    if (!last_group || !activates) return;
+    activate(p.epilogue, first, values - first);
+    for (int64_t row = rows.fresh; row < end; ++row) {
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) {
+        const float* const from = first + (row - rows.fresh) * kStride + t * kTileOutputs;
+        outputs[t].store(p, row_ + row, tile_ + t, _mm512_load_ps(from));
+      }
+    }
+  }
+
+  const PackedProduct& p_;
+  const PackedWeight& w_;
+  const Activations a_;
+  int64_t row_ = 0, rows_ = 0, tile_ = 0, row_block_count_ = 0;
+  RowBlock row_blocks_[kMostRowBlocks];
+  alignas(64) uint8_t panel_[2 * kPanelBytes];
+  alignas(64) int32_t sums_[kMostRowBlocks * kBlockSums];
+  alignas(64) int32_t lower_sums_[kMostRowBlocks * kBlockSums];
+  alignas(64) float values_[kRowsAtOnce * kSumStride];
+};
+
 template <class Format>
-class AmxProduct {
+class AmxProduct : AmxSums {
  public:
-  AmxProduct(const PackedProduct& p, Activations a) : p_(p), w_(p.weight), a_(a) {}
+  AmxProduct(const PackedProduct& p, Activations a) : AmxSums(p, a) {}
 
   void run() {
     for (row_ = 0; row_ < p_.rows; row_ += rows_) {
@@ -208,69 +334,6 @@ class AmxProduct {
             a_.lower);
     }
   }
-
-  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
-    const __m512i sum = _mm512_load_si512(sums);
-    if (tiles == 2) return sum;
-    return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
-  }
-
-  // Rows of a block whose sums are there.
-  template <int T>
-  void finish_rows(int64_t i, int64_t g) {
-    const RowBlock& rows = row_blocks_[i];
-    const PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
-    const bool last_group = g + 1 == p.weight.layout.groups;
-    const bool activates = p.epilogue != Epilogue::none;
-    const bool wide = a_.lower != nullptr;
-    const int64_t whole = rows.first + rows.tiles * kTileRows, end = whole < rows_ ? whole : rows_;
-    const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
-    const int32_t* sums = sums_ + i * kBlockSums + (rows.fresh - rows.first) * kSumStride;
-    const int32_t* lower = lower_sums_ + (sums - sums_);
-    constexpr int64_t kStride = T * kTileOutputs;
-    float* const first = values_ + rows.fresh * kStride;
-    float* values = first;
-    for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
-      const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
-#pragma GCC unroll 2
-      for (int t = 0; t < T; ++t) {
-        __m512i d = sum_of(sums + t * kTileOutputs, rows.tiles);
-        if (wide)
-          d = _mm512_add_epi32(_mm512_slli_epi32(d, 8),
-                               sum_of(lower + t * kTileOutputs, rows.tiles));
-        d = _mm512_add_epi32(d, start);
-        __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
-        if (last_group) value = outputs[t].scaled(p, row, value);
-        if (last_group && !activates) {
-          outputs[t].store(p, row, tile_ + t, value);
-        } else {
-          _mm512_store_ps(values + t * kTileOutputs, value);
-        }
-      }
-      sums += kSumStride;
-      lower += kSumStride;
-      values += kStride;
-    }
-    if (!last_group || !activates) return;
-    activate(p.epilogue, first, values - first);
-    for (int64_t row = rows.fresh; row < end; ++row) {
-#pragma GCC unroll 2
-      for (int t = 0; t < T; ++t) {
-        const float* const from = first + (row - rows.fresh) * kStride + t * kTileOutputs;
-        outputs[t].store(p, row_ + row, tile_ + t, _mm512_load_ps(from));
-      }
-    }
-  }
-
-  const PackedProduct& p_;
-  const PackedWeight& w_;
-  const Activations a_;
-  int64_t row_ = 0, rows_ = 0, tile_ = 0, row_block_count_ = 0;
-  RowBlock row_blocks_[kMostRowBlocks];
-  alignas(64) uint8_t panel_[2 * kPanelBytes];
-  alignas(64) int32_t sums_[kMostRowBlocks * kBlockSums];
-  alignas(64) int32_t lower_sums_[kMostRowBlocks * kBlockSums];
-  alignas(64) float values_[kRowsAtOnce * kSumStride];
 };
 
 template <class Format>
