@@ -26,6 +26,7 @@ PICTURE = (3, 224, 224)
 BATCHES = (1, 8)
 THREADS = (1, 2)
 OPSET = 17
+LAST = ", channels last"
 OUTPUT_ERROR = {"float32": 1e-4, "float": 0.05, "int8": 0.2, "4 bit": 0.5}  # of peers, relative to the float network
 SAME_ERROR = 0.05  # of ours, relative to float layers of the same weights and inputs: codes of inputs may flip
 CALIBRATION_CROPS = 1  # of each of ten pictures
@@ -115,9 +116,11 @@ def torch_candidate(model: nn.Module, folder: Path, dtype: torch.dtype = torch.f
     return Candidate(eager(model, dtype), file.stat().st_size, tensor_bytes(model))
 
 
-def eager(model: nn.Module, dtype: torch.dtype = torch.float32) -> Callable[[Tensor, int], Run]:
+def eager(
+    model: nn.Module, dtype: torch.dtype = torch.float32, memory: torch.memory_format = torch.contiguous_format
+) -> Callable[[Tensor, int], Run]:
     def call(x: Tensor, threads: int) -> Run:
-        own = x.to(dtype)
+        own = x.to(dtype=dtype, memory_format=memory)
         return lambda: model(own)
 
     return call
@@ -149,17 +152,32 @@ def unpacked(model: nn.Module) -> nn.Module:
 def ours(network: Network, name: str, folder: Path) -> Candidate:
     scheme, activations = network.schemes[name]
     model = copy.deepcopy(network.model)
+    torchquant.fold_batch_norm_(model, network.calibration[:1])
     torchquant.quantize_(
         model, scheme, [network.calibration], method="rtn", activations=activations, progress=False,
         max_tokens=MAX_TOKENS,
     )  # fmt: skip
     torchquant.save(model, folder / "ours")
     size = sum(file.stat().st_size for file in (folder / "ours").iterdir())
-    return Candidate(eager(model), size, tensor_bytes(model), unpacked(model), name)
+    memory = torch.channels_last if name.endswith(LAST) else torch.contiguous_format
+    return Candidate(eager(model, memory=memory), size, tensor_bytes(model), unpacked(model), name)
 
 
 def float32(network: Network, folder: Path) -> Candidate:
     return torch_candidate(network.model, folder)
+
+
+def folded(network: Network, folder: Path) -> Candidate:
+    model = copy.deepcopy(network.model)
+    torchquant.fold_batch_norm_(model, network.calibration[:1])
+    return torch_candidate(model, folder)
+
+
+def folded_last(network: Network, folder: Path) -> Candidate:
+    made = folded(network, folder)
+    model = copy.deepcopy(network.model).to(memory_format=torch.channels_last)
+    torchquant.fold_batch_norm_(model, network.calibration[:1])
+    return replace(made, call=eager(model, memory=torch.channels_last))
 
 
 def bfloat16(network: Network, folder: Path) -> Candidate:
@@ -269,13 +287,25 @@ def efficientnet_lite0() -> Network:
     from torchquant.demo import efficientnet
 
     pictures = efficientnet.crops(efficientnet.CALIBRATION_PICTURES, CALIBRATION_CROPS, seed=0)
-    schemes: dict[str, Any] = {"W8A8": ("W8A8", None), "W4A8": ("W4A8", None)}
+    schemes: dict[str, Any] = {f"{s}{form}": (s, None) for form in ("", LAST) for s in ("W8A8", "W4A8")}
     peers: dict[str, Any] = {
         FLOAT32: ("float32", float32),
+        "torch float32, BatchNorm folded": ("float", folded),
+        f"torch float32, BatchNorm folded{LAST}": ("float", folded_last),
         "ONNX Runtime float32": ("float", onnx_float32),
         "ONNX Runtime static int8, s8 per channel": ("int8", onnx_static),
     }
-    return Network("EfficientNet-Lite0", efficientnet.build(), pictures, schemes, peers)
+    return Network("EfficientNet-Lite0", pad_inside(efficientnet.build()), pictures, schemes, peers)
+
+
+def pad_inside(model: nn.Module) -> nn.Module:
+    """Zeros that are the same on both sides are the convolutions' own."""
+    for pair in model.modules():
+        if isinstance(pair, nn.Sequential) and len(pair) == 2 and isinstance(pair[0], nn.ZeroPad2d):
+            left, right, top, bottom = pair[0].padding
+            if left == right and top == bottom:
+                pair[0], pair[1].padding = nn.Identity(), (top, left)
+    return model
 
 
 NETWORKS: tuple[Callable[[], Network], ...] = (deit_s, efficientnet_lite0)

@@ -10,6 +10,7 @@ from . import (
     statistics,
 )
 from .config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme
+from .fold import fold_batch_norm_
 from .formats import export, load, save
 from .memory import estimate_memory
 from .quantize import collect_statistics, quantize_
@@ -84,6 +85,7 @@ __all__ = [
     "export",
     "flips_quantize",
     "flips_quantize_with_bias",
+    "fold_batch_norm_",
     "formats",
     "gptq_quantize",
     "gram_accumulate_",

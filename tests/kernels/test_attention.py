@@ -275,7 +275,11 @@ def one(*shape, dtype=torch.float32):
 
 TABLE = {"thresholds": one(3), "exponents": one(4), "eta": one()}
 ERRORS = [
-    ({"q": one(2, 3, dtype=torch.float64)}, TypeError, "q must be float32, float16, bfloat16 or uint8 codes, got Double"),
+    (
+        {"q": one(2, 3, dtype=torch.float64)},
+        TypeError,
+        "q must be float32, float16, bfloat16 or uint8 codes, got Double",
+    ),
     ({"k": one(4, 3, dtype=torch.half)}, TypeError, "k must have q's dtype Float, got Half"),
     ({"v": one(4)}, ValueError, r"v must have at least 2 dimensions, got \[4\]"),
     ({"k": one(4, 5)}, ValueError, r"k must have q's last dimension 3, got \[4, 5\]"),
