@@ -5,8 +5,6 @@
 #include <csrc/kernels/linear_zmm.h>
 #include <stdlib.h>
 
-#include <type_traits>
-
 namespace torchquant {
 namespace {
 
@@ -20,9 +18,14 @@ constexpr int64_t kBlocksBehind = 8;
 constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
 
+template <bool kValue>
+struct Known {
+  static constexpr bool value = kValue;
+};
+
 template <class Take>
-inline void with_bool(bool value, const Take& take) {
-  value ? take(std::true_type()) : take(std::false_type());
+inline __attribute__((always_inline)) void with_bool(bool value, const Take& take) {
+  value ? take(Known<true>()) : take(Known<false>());
 }
 
 struct alignas(64) TileShapes {
@@ -157,6 +160,7 @@ struct TileProduct {
 // What of a product is known when its last loop is compiled.
 template <bool kZero, bool kBias, bool kCodes, bool kActivates>
 struct Plain {
+  static constexpr bool kPlain = true;
   // One group, bytes, and nothing but what the names say.
   static bool is(const PackedProduct& p) {
     return p.weight.layout.groups == 1 && p.weight.offset == nullptr && p.residual == nullptr &&
@@ -185,6 +189,7 @@ struct Plain {
 };
 
 struct Anything {
+  static constexpr bool kPlain = false;
   static void know(const PackedProduct&) {}
 };
 
@@ -200,8 +205,11 @@ class AmxSums {
     with_bool(p_.a_zero != nullptr, [&](auto zero) {
       with_bool(p_.bias != nullptr, [&](auto bias) {
         with_bool(p_.codes != nullptr, [&](auto codes) {
-          with_bool(p_.epilogue != Epilogue::none,
-                    [&](auto activates) { finish<T, Plain<zero, bias, codes, activates>>(i, 0); });
+          with_bool(p_.epilogue != Epilogue::none, [&](auto activates) {
+            using What = Plain<decltype(zero)::value, decltype(bias)::value, decltype(codes)::value,
+                               decltype(activates)::value>;
+            finish<T, What>(i, 0);
+          });
         });
       });
     });
@@ -214,13 +222,13 @@ class AmxSums {
   }
 
   // Rows of a block whose sums are there.
-  template <int T, class Known>
+  template <int T, class What>
   void finish(int64_t i, int64_t g) {
-    constexpr bool kAny = std::is_same_v<Known, Anything>;
+    constexpr bool kAny = !What::kPlain;
     const RowBlock rows = row_blocks_[i];
     const int64_t tiles = kAny ? rows.tiles : 2;
     PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
-    Known::know(p);
+    What::know(p);
     const bool last_group = g + 1 == p.weight.layout.groups;
     const bool activates = p.epilogue != Epilogue::none;
     const bool wide = kAny && a_.lower != nullptr;

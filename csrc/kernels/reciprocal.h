@@ -8,6 +8,7 @@
 #include <csrc/core/quant_math.h>
 
 namespace torchquant {
+namespace {  // compiled anew for every tier
 
 struct Reciprocal {
   explicit Reciprocal(float of)
@@ -39,4 +40,5 @@ struct Reciprocal {
   float divisor, high, low, limit;
 };
 
+}  // namespace
 }  // namespace torchquant

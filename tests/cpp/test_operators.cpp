@@ -6,7 +6,10 @@
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/Allocator.h>
@@ -16,6 +19,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <map>
 #include <string>
@@ -90,6 +94,89 @@ const std::vector<std::vector<int64_t>> kShapes = {{1, 1, 0},    {1, 7, 0},    {
                                                    {3, 17, 5},   {33, 64, 16}, {65, 130, 0},
                                                    {40, 200, 48}};  // N, K, group size
 
+// Packed layers and attention of odd sizes: floats, grids and codes on both sides.
+std::map<std::string, Tensors> run_packed() {
+  at::manual_seed(1);
+  const auto codes = [](at::IntArrayRef shape, int64_t levels) {
+    return at::randint(levels, shape, at::kByte);
+  };
+  const auto number = [](double value) { return at::full({}, value, at::kFloat); };
+  const Keywords input = {{"input_scale", number(0.03)}, {"input_zero_point", number(120.0)}};
+  const Keywords output = {{"output_scale", number(0.05)}, {"output_zero_point", number(100.0)}};
+  const auto joined = [](Keywords all, const Keywords& more) {
+    all.insert(more.begin(), more.end());
+    return all;
+  };
+  std::map<std::string, Tensors> results;
+  for (const auto& [rows, outputs, columns, bits] :
+       std::vector<std::array<int64_t, 4>>{{1, 17, 33, 4}, {7, 70, 100, 3}, {45, 131, 65, 8}}) {
+    const Tensors packed =
+        call("linear_prepack", {codes({outputs, columns}, 1 << bits), at::rand({outputs, 1})},
+             {{"bits", bits}});
+    const Keywords sizes = {{"bits", bits},
+                            {"in_features", columns},
+                            {"out_features", outputs},
+                            {"activation", "gelu"}};
+    const at::Tensor x = at::randn({rows, columns});
+    const std::string name = "linear of " + std::to_string(rows) + " rows, ";
+    results[name + "floats"] = call("quantized_linear", {x, packed[0], packed[1]}, sizes);
+    results[name + "codes"] =
+        call("quantized_linear", {codes({rows, columns}, 256), packed[0], packed[1]},
+             joined(joined(sizes, input), output));
+  }
+  for (const int64_t groups : {1, 2, 6}) {
+    for (const int64_t kernel : {1, 3}) {
+      const std::vector<int64_t> window = {kernel, kernel};
+      const int64_t outputs = groups == 6 ? 6 : 18, columns = 6 / groups * kernel * kernel;
+      const Tensors packed =
+          call("conv_prepack", {codes({outputs, columns}, 16), at::rand({outputs, 1})},
+               {{"bits", 4}, {"kernel_size", window}, {"groups", groups}});
+      for (const auto memory : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+        for (const int64_t stride : {1, 2}) {
+          const Keywords sizes = {{"bits", 4},
+                                  {"in_channels", 6},
+                                  {"out_channels", outputs},
+                                  {"kernel_size", window},
+                                  {"stride", std::vector<int64_t>{stride, stride}},
+                                  {"padding", std::vector<int64_t>{kernel / 2, kernel / 2}},
+                                  {"groups", groups}};
+          const at::Tensor x = at::randn({2, 6, 11, 9}).contiguous(memory);
+          const at::Tensor c = codes({2, 6, 11, 9}, 256).contiguous(memory);
+          const std::string name = "convolution " + std::to_string(groups) + " " +
+                                   std::to_string(kernel) + " " + std::to_string(stride) +
+                                   (memory == at::MemoryFormat::Contiguous ? "" : " last");
+          const at::Tensor &weight = packed[0], &grid = packed[1];
+          results[name] = call("quantized_conv2d", {x, weight, grid}, sizes);
+          results[name + " grid"] =
+              call("quantized_conv2d", {x, weight, grid}, joined(sizes, input));
+          results[name + " codes"] =
+              call("quantized_conv2d", {c, weight, grid}, joined(sizes, input));
+        }
+      }
+    }
+  }
+  Keywords grids = {{"softmax_scale", number(1.0 / 255)}, {"softmax_zero_point", number(0.0)}};
+  for (const char* operand : {"query", "key", "value"}) {
+    grids[std::string(operand) + "_scale"] = number(0.03);
+    grids[std::string(operand) + "_zero_point"] = number(128.0);
+  }
+  for (const auto& [rows, keys, width] :
+       std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {13, 21, 9}, {50, 70, 33}}) {
+    const std::string name = "attention of " + std::to_string(keys) + " keys, ";
+    const at::Tensor q = at::randn({2, rows, width}), k = at::randn({2, keys, width}),
+                     v = at::randn({2, keys, width});
+    results[name + "softmax alone"] =
+        call("quantized_attention", {q, k, v},
+             {{"softmax_scale", number(1.0 / 255)}, {"softmax_zero_point", number(0.0)}});
+    results[name + "grids"] = call("quantized_attention", {q, k, v}, grids);
+    results[name + "codes"] = call(
+        "quantized_attention",
+        {codes({2, rows, width}, 256), codes({2, keys, width}, 256), codes({2, keys, width}, 256)},
+        joined(grids, output));
+  }
+  return results;
+}
+
 TEST(Operators, SolversBeatRounding) {
   const Layer layer = random_layer(48, 96);
   const double rounded = objective(layer, call("rtn_quantize", {layer.weight}, {{"bits", 3}}));
@@ -138,6 +225,18 @@ TEST(Tiers, GiveTheSameBits) {
         }
       }
     }
+  }
+  set_cpu_tier(before);
+}
+
+TEST(Tiers, GiveTheSameBitsOfPackedLayers) {
+  const std::string before = cpu_tier_name();
+  set_cpu_tier("scalar");
+  const auto wanted = run_packed();
+  for (const std::string& tier : cpu_tiers()) {
+    set_cpu_tier(tier);
+    for (const auto& [name, result] : run_packed())
+      EXPECT_TRUE(at::equal(result[0], wanted.at(name)[0])) << name << " on " << tier;
   }
   set_cpu_tier(before);
 }
@@ -198,6 +297,7 @@ TEST(Memory, NothingOutsideATensorIsTouched) {
   for (const std::string& tier : cpu_tiers()) {
     set_cpu_tier(tier);
     for (const auto& shape : kShapes) solve_all(random_layer(shape[0], shape[1]), shape[2]);
+    run_packed();
   }
   c10::SetCPUAllocator(before, /*priority=*/255);
   set_cpu_tier(tier_before);

@@ -182,7 +182,7 @@ class QSelfAttention(nn.Module):
         batch, tokens, _ = x.shape
         grids = self.code_grids(x, attn_mask)
         if grids is not None:
-            return self.proj(self.codes(x, grids, attn_mask, is_causal))
+            return self.fused(x, grids, attn_mask, is_causal)
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
@@ -206,8 +206,8 @@ class QSelfAttention(nn.Module):
                 return self.product.code_grids()
         return None
 
-    def codes(self, x: Tensor, grids: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """What goes into ``proj``: codes where its input has a grid. So do q, k and v."""
+    def fused(self, x: Tensor, grids: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """``forward`` by codes of q, k and v, and of what goes into ``proj`` where that has a grid."""
         batch, tokens, _ = x.shape
         layer, product, proj = self.qkv, self.product, self.proj
         if hasattr(layer, "kernel_weight") and hasattr(proj, "kernel_weight") and hasattr(product.query, "zero_point"):
@@ -215,8 +215,10 @@ class QSelfAttention(nn.Module):
             q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             scale, zero_point, bits = proj.input_grid()
             mask = None if is_causal else mask
-            x = product.fused(q, k, v, mask, self.scale, is_causal, True, scale, zero_point, bits)
-        return x.transpose(1, 2).reshape(batch, tokens, -1)
+            mixed = product.fused(q, k, v, mask, self.scale, is_causal, True, scale, zero_point, bits)
+            mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+            x = proj(mixed) if scale is None else proj.packed(mixed)
+        return x
 
 
 class QWindowAttention(nn.Module):

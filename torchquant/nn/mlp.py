@@ -42,7 +42,8 @@ class QMlp(nn.Module):
         if self.fuses(x):
             fc2 = self.fc2
             scale, zero_point, bits = fc2.input_grid()
-            return fc2(self.fc1.packed(x, self.activation, scale, zero_point, bits))
+            x = self.fc1.packed(x, self.activation, scale, zero_point, bits)
+            return fc2(x) if scale is None else fc2.packed(x)
         return self.unfused(x)
 
     def unfused(self, x: Tensor) -> Tensor:
