@@ -26,7 +26,7 @@ PICTURE = (3, 224, 224)
 BATCHES = (1, 8)
 THREADS = (1, 2)
 OPSET = 17
-LAST = ", channels last"
+LAST, SCRIPTED = ", channels last", ", TorchScript"
 OUTPUT_ERROR = {"float32": 1e-4, "float": 0.05, "int8": 0.2, "4 bit": 0.5}  # of peers, relative to the float network
 SAME_ERROR = 0.05  # of ours, relative to float layers of the same weights and inputs: codes of inputs may flip
 CALIBRATION_CROPS = 1  # of each of ten pictures
@@ -160,7 +160,8 @@ def ours(network: Network, name: str, folder: Path) -> Candidate:
     torchquant.save(model, folder / "ours")
     size = sum(file.stat().st_size for file in (folder / "ours").iterdir())
     memory = torch.channels_last if name.endswith(LAST) else torch.contiguous_format
-    return Candidate(eager(model, memory=memory), size, tensor_bytes(model), unpacked(model), name)
+    run = torch.jit.freeze(torch.jit.script(model)) if name.endswith(SCRIPTED) else model
+    return Candidate(eager(run, memory=memory), size, tensor_bytes(model), unpacked(model), name)
 
 
 def float32(network: Network, folder: Path) -> Candidate:
@@ -271,7 +272,8 @@ def deit_s(depth: int = 12, dim: int = 384) -> Network:
     with seeded(0):
         model = DeiT(dim, depth).eval()
         pictures = torch.randn(2, *PICTURE)
-    schemes = {"W4A8, static": ("W4A8", None), "W4A8, dynamic": ("W4A8", DYNAMIC), "W4A16": ("W4A16", None)}
+    static = {f"W4A8, static{form}": ("W4A8", None) for form in ("", SCRIPTED)}
+    schemes = {**static, "W4A8, dynamic": ("W4A8", DYNAMIC), "W4A16": ("W4A16", None)}
     peers: dict[str, Any] = {
         FLOAT32: ("float32", float32),
         "torch bfloat16": ("float", bfloat16),

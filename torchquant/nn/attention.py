@@ -217,7 +217,7 @@ class QSelfAttention(nn.Module):
             mask = None if is_causal else mask
             mixed = product.fused(q, k, v, mask, self.scale, is_causal, True, scale, zero_point, bits)
             mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
-            x = proj(mixed) if scale is None else proj.packed(mixed)
+            x = self.proj(mixed) if scale is None else self.proj.packed(mixed)
         return x
 
 
