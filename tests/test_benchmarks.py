@@ -113,7 +113,7 @@ def test_networks_are_checked_and_compared(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_networks, "NETWORKS", [lambda: bench_networks.deit_s(depth=1, dim=48)])
     monkeypatch.setattr(bench_networks, "BATCHES", [2])
     results, text = bench_networks.run((), 1, 1, lambda line: None)
-    names = ("W4A8, static", "W4A8, dynamic", "W4A16")
+    names = ("W4A8, static", "W4A8, static, TorchScript", "W4A8, dynamic", "W4A16")
     assert {result.case for result in results} == {f"networks, {name}" for name in names}
     assert "torch float32" in {result.peer for result in results}
     assert "| DeiT-S, random weights, batch 2 | 1 | torch float32 |" in text
