@@ -2,6 +2,7 @@
 #include <csrc/kernels/linear.h>
 
 #include <ATen/ops/_int_mm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
@@ -13,6 +14,7 @@
 #include <csrc/core/parallel.h>
 #include <csrc/kernels/code_grid.h>
 #include <csrc/kernels/integer_input.h>
+#include <csrc/kernels/linear_mma.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
@@ -30,6 +32,7 @@ constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
 constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
 constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
 constexpr int64_t kFewRows = 16;                // on CUDA: for more, an unpacked weight pays
+                                                // where no tensor cores take the packed one
 
 // The integer activations of all rows, and the tensors that own their memory.
 struct Activations {
@@ -259,21 +262,27 @@ at::Tensor unpacked(const PackedWeight& weight, const at::TensorOptions& options
   return values;
 }
 
-// dots[group] = integers of the group times bytes, by the BLAS.
-void multiply_bytes(const BlockLayout& layout, const at::Tensor& integers,  // [M, blocks * 32]
-                    const at::Tensor& bytes,                                // [N', blocks * 32]
-                    const at::Tensor& dots) {                               // [groups, M, N']
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t first = g * layout.group_blocks * kBlockInputs;
-    const int64_t count = layout.blocks_of_group(g) * kBlockInputs;
-    at::Tensor out = dots.select(0, g);
-    at::_int_mm_out(out, integers.narrow(1, first, count), bytes.narrow(1, first, count).t());
-  }
+// Whether tensor cores take the packed weight and 8-bit integers. Many rows of one group are the
+// BLAS's.
+bool takes_tensor_cores(const PackedProduct& p) {
+  return p.narrow != nullptr && p.rows > kWarpRows &&
+         (p.weight.layout.groups > 1 || p.rows <= kFewRows);
 }
 
-// As many rows at once as the sums of their groups have room. More than a few 8-bit ones go through
-// the BLAS, which has tensor cores.
+void multiply_on_tensor_cores(const PackedProduct& p) {
+  MatrixProduct m{};
+  m.product = p;
+  m.x = {p.narrow, UnpackType::bytes};
+  m.row_inputs = p.weight.layout.blocks * kBlockInputs;
+  m.bias = {p.bias, UnpackType::float32};
+  m.residual = {p.residual, UnpackType::float32};
+  m.out = {p.out, UnpackType::float32};
+  TORCHQUANT_LAUNCH(matrix_product, m);
+}
+
+// As many rows at once as the sums of their groups have room.
 void multiply_on_cuda(const PackedProduct& all, const at::Tensor& integers) {
+  if (takes_tensor_cores(all)) return multiply_on_tensor_cores(all);
   const BlockLayout& layout = all.weight.layout;
   const int64_t outputs = all.last_tile * kTileOutputs, numbers = layout.groups * outputs;
   const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
@@ -281,13 +290,14 @@ void multiply_on_cuda(const PackedProduct& all, const at::Tensor& integers) {
   at::Tensor bytes;
   for (int64_t row = 0; row < all.rows; row += step) {
     PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
-    const bool blas = part.rows > kFewRows && part.narrow != nullptr && layout.columns > 0;
+    const bool blas =
+        part.rows > kFewRows && part.narrow != nullptr && layout.groups == 1 && layout.columns > 0;
     part.segments = blas ? 1 : product_segments(part);
-    const at::Tensor dots = at::empty({part.segments * layout.groups, part.rows, outputs}, options);
+    at::Tensor dots = at::empty({part.segments * layout.groups * part.rows, outputs}, options);
     part.dots = dots.mutable_data_ptr<int32_t>();
     if (blas) {
       if (!bytes.defined()) bytes = unpacked(all.weight, integers.options());
-      multiply_bytes(layout, integers.narrow(0, row, part.rows), bytes, dots);
+      at::_int_mm_out(dots, integers.narrow(0, row, part.rows), bytes.t());
       TORCHQUANT_LAUNCH(finish_product, part);
     } else {
       TORCHQUANT_LAUNCH(packed_product, part);
@@ -315,6 +325,61 @@ at::Tensor linear_in_floats(const at::Tensor& x, const PackedWeight& weight,
   return y.to(x.scalar_type());
 }
 
+// Rows of floats as the blocks of a weight ask for them: every group padded to whole ones.
+at::Tensor rows_of_blocks(const at::Tensor& rows, const BlockLayout& layout) {
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  const int64_t count = rows.size(0), group = layout.group_blocks * kBlockInputs;
+  if (layout.columns == layout.blocks * kBlockInputs) return aligned ? rows : rows.clone();
+  const int64_t whole = layout.groups * layout.group_size;
+  const at::Tensor groups = at::constant_pad_nd(rows, {0, whole - layout.columns})
+                                .view({count, layout.groups, layout.group_size});
+  return at::constant_pad_nd(groups, {0, group - layout.group_size})
+      .view({count, layout.groups * group});
+}
+
+UnpackType unpack_type(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kHalf:
+      return UnpackType::float16;
+    case at::kBFloat16:
+      return UnpackType::bfloat16;
+    default:
+      return UnpackType::float32;
+  }
+}
+
+// A few rows of float16 or bfloat16 times a weight that becomes floats in registers, for CUDA.
+at::Tensor matrix_product_in_floats(const at::Tensor& x, const PackedWeight& weight,
+                                    const std::optional<at::Tensor>& bias, Epilogue epilogue,
+                                    const std::optional<at::Tensor>& residual,
+                                    const OutputGrid& output) {
+  const auto options = x.options().requires_grad(false);
+  const at::Tensor rows = rows_of_blocks(as_rows(x, weight.layout.columns, true), weight.layout);
+  const at::Tensor out = at::empty({rows.size(0), weight.outputs},
+                                   output.given() ? options.dtype(at::kByte) : options);
+  std::vector<at::Tensor> owned;
+  const auto typed = [&](const at::Tensor& tensor) {
+    const bool known = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+    owned.push_back(known ? tensor.contiguous() : tensor.to(at::kFloat).contiguous());
+    return TypedArray{owned.back().const_data_ptr(), unpack_type(owned.back())};
+  };
+  MatrixProduct m{};
+  m.product.weight = weight;
+  m.product.last_tile = (weight.outputs + kTileOutputs - 1) / kTileOutputs;
+  m.product.rows = rows.size(0);
+  m.product.epilogue = epilogue;
+  m.x = {rows.const_data_ptr(), unpack_type(rows)};
+  m.row_inputs = rows.size(1);
+  if (bias.has_value()) m.bias = typed(*bias);
+  if (residual.has_value()) m.residual = typed(*residual);
+  if (output.given())
+    output.apply_to(m.product, out);
+  else
+    m.out = {out.mutable_data_ptr(), unpack_type(out)};
+  if (out.numel() > 0) TORCHQUANT_LAUNCH(matrix_product, m);
+  return out;
+}
+
 at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
                             const std::optional<at::Tensor>& bias, int64_t bits,
                             int64_t in_features, int64_t out_features, int64_t group_size,
@@ -340,12 +405,18 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const Epilogue epilogue = parse_epilogue(kOp, activation);
   const OutputGrid output(x, out_features, output_scale, output_zero_point, output_bits);
   const bool codes = x.scalar_type() == at::kByte;
-  const at::Tensor rows = as_rows(x, in_features, codes);
-  const int64_t count = rows.size(0);
-  if (x.is_cuda() && input.dynamic() && input_bits == 16 && count > kFewRows) {
-    const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
-    return output.given() ? output.codes_of(y) : y;
+  const int64_t count = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  if (x.is_cuda() && input.dynamic() && input_bits == 16) {
+    const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+    if (half && count <= kMostMatrixRows)
+      return matrix_product_in_floats(x, weight.view(), bias, epilogue, residual, output)
+          .view(shape);
+    if (count > kFewRows) {
+      const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
+      return output.given() ? output.codes_of(y) : y;
+    }
   }
+  const at::Tensor rows = as_rows(x, in_features, codes);
   const at::Tensor out =
       at::empty({count, out_features},
                 x.options().dtype(output.given() ? at::kByte : at::kFloat).requires_grad(false));

@@ -6,26 +6,13 @@
 // linear_tile.h.
 #include <csrc/kernels/linear_unpack.h>
 
-#include <csrc/core/warp.cuh>
+#include <csrc/kernels/linear_words.cuh>
 
 namespace torchquant {
 namespace {
 
 constexpr int kLaneOutputs = 4;
 constexpr int kWarpLines = 8;
-
-// N words that one instruction loads or stores.
-template <int N>
-struct alignas(N >= 4 ? 16 : 4 * N) LineWords {
-  uint32_t at[N];
-};
-
-template <int N>
-__device__ LineWords<N> load_words(const void* from) {
-  LineWords<N> words;
-  memcpy(&words, __builtin_assume_aligned(from, alignof(LineWords<N>)), sizeof(words));
-  return words;
-}
 
 // How the lines of a format (stored bits, or four bits that index levels) become bytes with signs,
 // four inputs of one output in a word: the codes themselves, or minus 128 where they need all bits.
@@ -61,23 +48,6 @@ struct Format {
   }
 
  private:
-  // Four nibbles of `codes` to their bytes of the table. A byte permutation picks among eight bytes
-  // by three bits (the fourth would repeat signs), a second one between the halves.
-  __device__ static uint32_t look_up_four(const LineWords<4>& table, uint32_t codes) {
-    const uint32_t low = __byte_perm(table.at[0], table.at[1], codes & 0x7777);
-    const uint32_t high = __byte_perm(table.at[2], table.at[3], codes & 0x7777);
-    return __byte_perm(low, high, 0x3210 | (codes & 0x8888) >> 1);
-  }
-
-  __device__ static void look_up(const LineWords<4>& table, uint32_t line,
-                                 uint32_t (&out)[kSteps]) {
-    if constexpr (kSteps == 2) {  // nibbles are step 0, step 1 of inputs 0, 1, 2, 3
-      const uint32_t first = look_up_four(table, line), last = look_up_four(table, line >> 16);
-      out[0] = __byte_perm(first, last, 0x6420);
-      out[1] = __byte_perm(first, last, 0x7531);
-    }
-  }
-
   LineWords<4> tables_[kLevels ? kLaneOutputs : 1];
 };
 

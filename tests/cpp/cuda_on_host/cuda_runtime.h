@@ -1,7 +1,8 @@
 // Stands in for <cuda_runtime.h> so that the kernels' own source runs on a machine without a GPU:
 // the 32 lanes of a warp are fibers that meet at every warp operation. It knows what csrc/**/*.cu
-// use and nothing more; warps run one after another, since they share nothing (core/launch.cuh).
-// What it checks: all lanes meet at the same operation, and launches stay within a GPU's limits.
+// use and nothing more; the warps of a block run one after another, each up to the next
+// __syncthreads. What it checks: all lanes meet at the same operation, and launches stay within a
+// GPU's limits.
 #pragma once
 #include <ucontext.h>
 
@@ -23,6 +24,8 @@
 #define __host__
 #define __shared__
 #define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(threads)
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -48,6 +51,7 @@ extern float warp_buffers[];
 namespace cuda_on_host {
 
 constexpr unsigned kLanes = 32;
+constexpr unsigned kWarps = 32;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kSharedBytes = 96 << 10;
 inline bool reversed =
@@ -57,15 +61,26 @@ inline size_t allowed_shared = 48 << 10;
 // One warp: runs body() in every lane; lanes wait for each other in meet().
 class Warp {
  public:
-  void run(unsigned first_thread, const std::function<void()>& body) {
+  static constexpr const char* kBlockMeets = "__syncthreads";
+
+  void start(unsigned first_thread, const std::function<void()>& body) {
     static_assert(sizeof(uintptr_t) == 8);
     first_thread_ = first_thread;
     body_ = &body;
-    for (unsigned l = 0; l < kLanes; ++l) start(lanes_[l]);
-    for (round_ = 0; !all_done(); ++round_) {
+    round_ = 0;
+    for (Lane& lane : lanes_) start(lane);
+  }
+
+  // Until all lanes are done, or wait for the other warps of the block: whether they do.
+  bool run() {
+    current_warp = this;
+    while (!all_done()) {
       for (unsigned i = 0; i < kLanes; ++i) resume(reversed ? kLanes - 1 - i : i);
       check_together();
+      ++round_;
+      if (std::string_view(lanes_[0].operation) == kBlockMeets) return true;
     }
+    return false;
   }
 
   // Leaves a value, waits for every lane, returns what all of them left.
@@ -84,10 +99,7 @@ class Warp {
   }
 
   unsigned lane() const { return current_; }
-  static Warp& current() {
-    static Warp warp;
-    return warp;
-  }
+  static Warp& current() { return *current_warp; }
 
  private:
   struct Lane {
@@ -136,6 +148,8 @@ class Warp {
     }
   }
 
+  static inline Warp* current_warp = nullptr;
+
   std::array<Lane, kLanes> lanes_;
   std::array<std::array<uint64_t, kLanes>, 2> banks_;
   ucontext_t scheduler_;
@@ -144,6 +158,19 @@ class Warp {
   unsigned current_ = 0;
   uint64_t round_ = 0;
 };
+
+inline void run_block(unsigned threads, const std::function<void()>& body) {
+  static std::vector<Warp> warps(kWarps);
+  const unsigned count = threads / kLanes;
+  for (unsigned w = 0; w < count; ++w) warps[w].start(w * kLanes, body);
+  for (bool waiting = true; waiting;) {
+    unsigned waits = 0;
+    for (unsigned w = 0; w < count; ++w) waits += warps[w].run() ? 1 : 0;
+    if (waits != 0 && waits != count)
+      throw std::logic_error("some warps of a block wait for others that have ended");
+    waiting = waits != 0;
+  }
+}
 
 inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) throw std::logic_error("only whole warps meet");
@@ -176,6 +203,9 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return bits;
 }
 
+inline void __syncthreads() {
+  cuda_on_host::Warp::current().meet(cuda_on_host::Warp::kBlockMeets, 0);
+}
 inline void __syncwarp() { cuda_on_host::Warp::current().meet("__syncwarp", 0); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __ldg(const float* p) { return *p; }
@@ -212,6 +242,101 @@ inline int __dp4a(int a, int b, int sum) { return cuda_on_host::dot<int8_t, 4>(a
 inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 0, sum); }
 inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 2, sum); }
 
+// csrc/core/mma.cuh.
+namespace cuda_on_host {
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// A type's numbers in words: `kCount` in each, read(word, i), and pairs of them written.
+struct Float16s {
+  static constexpr int kCount = 2;
+  static float read(uint32_t word, int i) {
+    const auto bits = static_cast<uint16_t>(word >> (16 * i));
+    _Float16 x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return static_cast<float>(x);
+  }
+  static uint32_t write(float low, float high) {
+    const _Float16 pair[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+    uint32_t word;
+    std::memcpy(&word, pair, sizeof(word));
+    return word;
+  }
+};
+
+struct BFloat16s {
+  static constexpr int kCount = 2;
+  static float read(uint32_t word, int i) { return float_of(word >> (16 * i) << 16); }
+  static uint32_t write(float low, float high) { return rounded(low) | rounded(high) << 16; }
+  static uint32_t rounded(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+};
+
+struct Int8s {
+  static constexpr int kCount = 4;
+  static int32_t read(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
+};
+
+template <class T>
+uint32_t fused_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  float d[2];
+  for (int i = 0; i < 2; ++i) d[i] = std::fma(T::read(a, i), T::read(b, i), T::read(c, i));
+  return T::write(d[0], d[1]);
+}
+
+template <class T, class Sum>
+void multiply_matrices(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto& warp = Warp::current();
+  const auto joined = [](uint32_t low, uint32_t high) { return uint64_t{high} << 32 | low; };
+  const std::array<std::array<uint64_t, kLanes>, 3> words = {
+      warp.meet("mma, rows g", joined(a[0], a[2])),
+      warp.meet("mma, rows g + 8", joined(a[1], a[3])), warp.meet("mma, columns", joined(b0, b1))};
+  const unsigned g = warp.lane() / 4, c = warp.lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    for (unsigned source = 0; source < 4; ++source) {
+      const uint64_t row = words[i / 2][4 * g + source];
+      const uint64_t column = words[2][4 * (2 * c + i % 2) + source];
+      for (int half = 0; half < 2; ++half)
+        for (int j = 0; j < T::kCount; ++j)
+          d[i] += T::read(static_cast<uint32_t>(row >> (32 * half)), j) *
+                  T::read(static_cast<uint32_t>(column >> (32 * half)), j);
+    }
+  }
+}
+
+}  // namespace cuda_on_host
+
+namespace torchquant {
+
+using Word = uint32_t;
+inline void mma_f16(float (&d)[4], const Word (&a)[4], Word b0, Word b1) {
+  cuda_on_host::multiply_matrices<cuda_on_host::Float16s>(d, a, b0, b1);
+}
+inline void mma_bf16(float (&d)[4], const Word (&a)[4], Word b0, Word b1) {
+  cuda_on_host::multiply_matrices<cuda_on_host::BFloat16s>(d, a, b0, b1);
+}
+inline void mma_s8(int32_t (&d)[4], const Word (&a)[4], Word b0, Word b1) {
+  cuda_on_host::multiply_matrices<cuda_on_host::Int8s>(d, a, b0, b1);
+}
+inline Word fma_f16x2(Word a, Word b, Word c) {
+  return cuda_on_host::fused_pairs<cuda_on_host::Float16s>(a, b, c);
+}
+inline Word fma_bf16x2(Word a, Word b, Word c) {
+  return cuda_on_host::fused_pairs<cuda_on_host::BFloat16s>(a, b, c);
+}
+inline Word pair_f16(float low, float high) { return cuda_on_host::Float16s::write(low, high); }
+inline Word pair_bf16(float low, float high) { return cuda_on_host::BFloat16s::write(low, high); }
+inline float float_of_f16(uint16_t half) { return cuda_on_host::Float16s::read(half, 0); }
+
+}  // namespace torchquant
+
 inline int atomicAdd(int* p, int x) { return (*p += x) - x; }
 inline unsigned atomicMax(unsigned* p, unsigned x) {
   const unsigned before = *p;
@@ -244,9 +369,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       torchquant::warp_buffers[i] =
           std::numeric_limits<float>::quiet_NaN();  // nobody may rely on what was there
     }
-    for (unsigned first = 0; first < blockDim.x; first += cuda_on_host::kLanes) {
-      cuda_on_host::Warp::current().run(first, [&] { kernel(argument); });
-    }
+    cuda_on_host::run_block(blockDim.x, [&] { kernel(argument); });
   }
   return cudaSuccess;
 }

@@ -1,0 +1,494 @@
+// Packed linear layers on tensor cores: codes become fragments in registers.
+//
+// Lane 4 * g + c of a warp holds of a tile the outputs 2 * g and 2 * g + 1, of each block the
+// inputs 8 * c to 8 * c + 7, and of the rows row g: weights and rows are read as they lie (Note
+// [weight tiles] of linear.h), 8 bytes of a line and 8 inputs of a row by one load.
+//
+// Note [shares of a matrix product]: a warp takes one tile and 8 * tokens rows over one of `parts`
+// parts of the inputs. A thread block holds the parts of `block_tiles` tiles: its warps read the
+// same rows, from L1, and meet in shared memory at the end, where parts are added in their order.
+#include <csrc/kernels/linear_float.h>
+#include <csrc/kernels/linear_mma.h>
+
+#include <algorithm>
+#include <csrc/core/mma.cuh>
+#include <csrc/kernels/linear_words.cuh>
+
+#ifdef __CUDACC__
+#define TORCHQUANT_UNROLL(...) _Pragma("unroll " #__VA_ARGS__)
+#else
+#define TORCHQUANT_UNROLL(...)
+#endif
+
+namespace torchquant {
+namespace {
+
+constexpr int kRowsAtOnce = 8;
+constexpr int kMostWarps = 16;          // of a thread block
+constexpr int64_t kWantedWarps = 2048;  // 16 for each SM
+constexpr int64_t kWantedBlocks = 128;  // about one for each SM
+
+// The codes of a lane as bytes u, four inputs in a word: of outputs 2 * g and 2 * g + 1, two words.
+template <int kBits, bool kLevels>
+struct MatrixFormat {
+  static constexpr int kWords = kBits == 8 ? 4 : kBits == 3 ? 4 : 2;
+  static constexpr bool kWhole = kLevels || kBits == 8;  // whether u needs all bits of a byte
+  using Lines = LineWords<2>[kWords / 2];
+
+  int output;  // 2 * g
+  int c;
+  LineWords<4> tables[kLevels ? 2 : 1];
+
+  __device__ MatrixFormat(const PackedWeight& w, int64_t tile, int lane)
+      : output(lane / 4 * 2), c(lane % 4) {
+    if constexpr (kLevels) {
+      for (int o = 0; o < 2; ++o)
+        tables[o] = load_words<4>(w.levels + (tile * kTileOutputs + output + o) * w.level_stride);
+    }
+  }
+
+  __device__ void load(const uint8_t* block, Lines& lines) const {
+    const uint8_t* const own = block + output * 4;
+    if constexpr (kBits == 8) {
+      lines[0] = load_words<2>(own + 2 * c * kLine);
+      lines[1] = load_words<2>(own + (2 * c + 1) * kLine);
+    } else {
+      lines[0] = load_words<2>(own + (kBits == 4 ? c : c / 2) * kLine);
+      if constexpr (kBits == 3) lines[1] = load_words<2>(own + 2 * kLine);
+    }
+  }
+
+  __device__ void bytes(const Lines& lines, int o, uint32_t (&u)[2]) const {
+    const uint32_t line = lines[0].at[o];
+    if constexpr (kLevels) {
+      look_up(tables[o], line, u);
+      for (int s = 0; s < 2; ++s) u[s] ^= 0x80808080u;
+    } else if constexpr (kBits == 8) {
+      for (int s = 0; s < 2; ++s) u[s] = lines[s].at[o];
+    } else if constexpr (kBits == 4) {
+      for (int s = 0; s < 2; ++s) u[s] = line >> (4 * s) & 0x0f0f0f0fu;
+    } else {
+      for (int s = 0; s < 2; ++s) {
+        u[s] = line >> (c % 2 * 4 + 2 * s) & 0x03030303u;
+        if constexpr (kBits == 3) u[s] |= (lines[1].at[o] >> (2 * c + s) & 0x01010101u) << 2;
+      }
+    }
+  }
+};
+
+// What enters the outputs 2 * g and 2 * g + 1 from one group.
+struct GroupGrid {
+  float scale[2];
+  float offset[2];
+
+  __device__ void load(const PackedWeight& w, int64_t group, int64_t output) {
+    const int64_t at = (group < w.layout.groups ? group : w.layout.groups - 1) * w.stride + output;
+    for (int o = 0; o < 2; ++o) {
+      scale[o] = w.scale[at + o];
+      offset[o] = w.offset != nullptr ? w.offset[at + o] : 0.0f;
+    }
+  }
+};
+
+// Rows of integers: exact sums, and floats in the order of linear_tile.h.
+struct Integers {
+  using Sum = int32_t;
+  using Row = LineWords<2>;  // a lane's eight inputs of a block
+  struct Weights {
+    uint32_t words[4];
+  };
+
+  template <class F>
+  __device__ static Weights weights(const F& format, const typename F::Lines& lines,
+                                    const PackedWeight&, const GroupGrid&) {
+    Weights weights;
+    for (int o = 0; o < 2; ++o) {
+      uint32_t u[2];
+      format.bytes(lines, o, u);
+      for (int s = 0; s < 2; ++s) weights.words[2 * s + o] = F::kWhole ? u[s] ^ 0x80808080u : u[s];
+    }
+    return weights;
+  }
+
+  __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {
+    mma_s8(sums, weights.words, row.at[0], row.at[1]);
+  }
+
+  __device__ static float added(const PackedProduct& p, const GroupGrid& grid, int o, Sum sum,
+                                int64_t group, int64_t row, float value) {
+    const PackedWeight& w = p.weight;
+    const int32_t row_sum = p.sums[(row < p.rows ? row : p.rows - 1) * w.layout.groups + group];
+    const uint32_t origin = static_cast<uint32_t>(w.needs_signs() ? w.origin - 128 : w.origin);
+    const uint32_t dot = static_cast<uint32_t>(sum) - origin * static_cast<uint32_t>(row_sum);
+    float added = static_cast<float>(static_cast<int32_t>(dot));
+    if (w.offset != nullptr) added += grid.offset[o] * static_cast<float>(row_sum);
+    added *= grid.scale[o];
+    return group == 0 ? added : value + added;
+  }
+};
+
+struct Float16 {
+  static constexpr uint32_t kOnes = 0x3c003c00u;
+  static constexpr uint32_t kBase = 0x64646464u;  // before a byte u: 1024 + u
+  static constexpr float kBaseValue = 1024.0f;
+  static constexpr bool kTakesBytes = true;  // whether that holds for all u
+  __device__ static uint32_t pair(float low, float high) { return pair_f16(low, high); }
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fma_f16x2(a, b, c); }
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_f16(d, a, b0, b1);
+  }
+};
+
+struct BFloat16 {
+  static constexpr uint32_t kOnes = 0x3f803f80u;
+  static constexpr uint32_t kBase = 0x43434343u;  // 128 + u
+  static constexpr float kBaseValue = 128.0f;
+  static constexpr bool kTakesBytes = false;
+  __device__ static uint32_t pair(float low, float high) { return pair_bf16(low, high); }
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fma_bf16x2(a, b, c); }
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(d, a, b0, b1);
+  }
+};
+
+// Rows of float16 or bfloat16.
+template <class T>
+struct Floats {
+  using Sum = float;
+  using Row = LineWords<4>;
+  struct Weights {
+    uint32_t words[2][4];  // of four inputs each
+  };
+
+  // u - origin + offset for the four bytes of a word, in pairs. The first difference is exact.
+  template <bool kWhole>
+  __device__ static void to_pairs(uint32_t u, float origin, float offset, bool has_offset,
+                                  uint32_t& first, uint32_t& last) {
+    if constexpr (kWhole && !T::kTakesBytes) {
+      float values[4];
+      for (int i = 0; i < 4; ++i)  // 2^23 + u
+        values[i] = float_of(__byte_perm(u, 0x4b000000u, 0x7540 + i)) - (8388608.0f + origin);
+      if (has_offset)
+        for (int i = 0; i < 4; ++i) values[i] += offset;
+      first = T::pair(values[0], values[1]);
+      last = T::pair(values[2], values[3]);
+    } else {
+      const float base = -(T::kBaseValue + origin);
+      const uint32_t bases = T::pair(base, base);
+      first = T::fma(__byte_perm(u, T::kBase, 0x4140), T::kOnes, bases);
+      last = T::fma(__byte_perm(u, T::kBase, 0x4342), T::kOnes, bases);
+      if (has_offset) {
+        const uint32_t offsets = T::pair(offset, offset);
+        first = T::fma(first, T::kOnes, offsets);
+        last = T::fma(last, T::kOnes, offsets);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ static Weights weights(const F& format, const typename F::Lines& lines,
+                                    const PackedWeight& w, const GroupGrid& grid) {
+    const auto origin = static_cast<float>(w.origin);
+    Weights weights;
+    for (int o = 0; o < 2; ++o) {
+      uint32_t u[2];
+      format.bytes(lines, o, u);
+      for (int s = 0; s < 2; ++s)
+        to_pairs<F::kWhole>(u[s], origin, grid.offset[o], w.offset != nullptr, weights.words[s][o],
+                            weights.words[s][2 + o]);
+    }
+    return weights;
+  }
+
+  __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {
+    T::multiply(sums, weights.words[0], row.at[0], row.at[1]);
+    T::multiply(sums, weights.words[1], row.at[2], row.at[3]);
+  }
+
+  __device__ static float added(const PackedProduct&, const GroupGrid& grid, int o, Sum sum,
+                                int64_t, int64_t, float value) {
+    return fused(sum, grid.scale[o], value);
+  }
+};
+
+__device__ inline float value_at(const TypedArray& array, int64_t i) {
+  if (array.type == UnpackType::float32) return static_cast<const float*>(array.data)[i];
+  const uint16_t half = static_cast<const uint16_t*>(array.data)[i];
+  return array.type == UnpackType::float16 ? float_of_f16(half)
+                                           : float_of(static_cast<uint32_t>(half) << 16);
+}
+
+__device__ inline void store_value(const TypedArray& array, int64_t i, float value) {
+  void* const data = const_cast<void*>(array.data);
+  if (array.type == UnpackType::float32) {
+    static_cast<float*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(
+        array.type == UnpackType::float16 ? pair_f16(value, 0.0f) : pair_bf16(value, 0.0f));
+  }
+}
+
+__device__ __noinline__ float activated(Epilogue epilogue, float y) {
+  return epilogue == Epilogue::gelu ? gelu(y) : silu(y);
+}
+
+// As finish of linear.cu.
+__device__ inline void finish_output(const MatrixProduct& m, int64_t row, int64_t output, float y) {
+  const PackedProduct& p = m.product;
+  const int64_t at = row * p.weight.outputs + output;
+  if (p.a_zero != nullptr) y -= p.a_zero[row] * p.weight.sum[output];
+  if (p.a_scale != nullptr) y *= p.a_scale[row];
+  if (m.bias.data != nullptr) y += value_at(m.bias, output);
+  if (p.epilogue != Epilogue::none) y = activated(p.epilogue, y);
+  if (m.residual.data != nullptr) y += value_at(m.residual, at);
+  if (p.codes == nullptr) return store_value(m.out, at, y);
+  p.codes[at] =
+      static_cast<uint8_t>(to_code(y, p.code_scale[output], p.code_zero_point[output], p.max_code));
+}
+
+// One warp's share.
+template <class X, class F, int kTokens>
+struct MatrixWarp {
+  using Sum = typename X::Sum;
+  using Row = typename X::Row;
+  using Lines = typename F::Lines;
+  // Blocks whose codes are loaded at once (one such batch ahead), and whose rows are.
+  static constexpr int kBatch = (F::kWords == 2 ? 8 : 4) / (kTokens == 4 ? 2 : 1);
+  static constexpr int kRowBatch = kTokens == 1 ? kBatch : kTokens == 2 ? 2 : 1;
+
+  const MatrixProduct& m;
+  const PackedWeight& w;
+  const int lane;
+  const int part;
+  const int64_t tile;
+  const int64_t first_row;
+  const F format;
+  const bool grouped;
+  int begin, end;   // blocks
+  int group, last;  // the group in work, and behind its last block
+  const uint8_t* codes;
+  const uint8_t* rows[kTokens];
+  GroupGrid grid, next_grid;
+  Sum sums[kTokens][4] = {};
+  float values[kTokens][4] = {};
+
+  __device__ MatrixWarp(const MatrixProduct& product, int64_t its_tile, int its_part,
+                        int64_t its_row)
+      : m(product),
+        w(product.product.weight),
+        lane(warp_lane()),
+        part(its_part),
+        tile(its_tile),
+        first_row(its_row),
+        format(w, its_tile, lane),
+        grouped(w.layout.groups > 1) {
+    const int blocks = static_cast<int>(w.layout.blocks), length = (blocks + m.parts - 1) / m.parts;
+    begin = part * length < blocks ? part * length : blocks;
+    end = begin + length < blocks ? begin + length : blocks;
+    const int group_blocks = static_cast<int>(w.layout.group_blocks);
+    group = begin / group_blocks;
+    last = (group + 1) * group_blocks;
+    codes = w.packed + tile * w.layout.blocks * w.layout.bits * kLine;
+    for (int t = 0; t < kTokens; ++t) {  // rows behind the last one repeat it
+      const int64_t row = first_row + t * kRowsAtOnce + lane / 4;
+      const int64_t at = (row < m.product.rows ? row : m.product.rows - 1) * m.row_inputs;
+      rows[t] =
+          static_cast<const uint8_t*>(m.x.data) + at * (sizeof(Row) / 8) + lane % 4 * sizeof(Row);
+    }
+    grid.load(w, group, output());
+    next_grid.load(w, group + 1, output());
+  }
+
+  __device__ int64_t output() const { return tile * kTileOutputs + lane / 4 * 2; }
+  __device__ int64_t row_of(int t, int i) const {
+    return first_row + t * kRowsAtOnce + lane % 4 * 2 + i % 2;
+  }
+
+  __device__ void load_codes(int first, Lines (&lines)[kBatch]) const {
+    const int block_bytes = static_cast<int>(w.layout.bits * kLine);
+    TORCHQUANT_UNROLL()
+    for (int i = 0; i < kBatch; ++i)
+      if (first + i < end) format.load(codes + int64_t{first + i} * block_bytes, lines[i]);
+  }
+
+  __device__ void load_rows(int first, Row (&x)[kRowBatch][kTokens]) const {
+    constexpr int kBlockBytes = sizeof(Row) * 4;
+    TORCHQUANT_UNROLL()
+    for (int i = 0; i < kRowBatch; ++i) TORCHQUANT_UNROLL()
+    for (int t = 0; t < kTokens; ++t)
+      if (first + i < end)
+        x[i][t] = load_words<sizeof(Row) / 4>(rows[t] + int64_t{first + i} * kBlockBytes);
+  }
+
+  __device__ void multiply() {
+    Lines ahead[kBatch] = {};
+    load_codes(begin, ahead);
+    for (int first = begin; first < end; first += kBatch) {
+      Lines lines[kBatch];
+      memcpy(lines, ahead, sizeof(lines));
+      load_codes(first + kBatch, ahead);
+      TORCHQUANT_UNROLL()
+      for (int i = 0; i < kBatch; i += kRowBatch) {
+        Row x[kRowBatch][kTokens] = {};
+        load_rows(first + i, x);
+        TORCHQUANT_UNROLL()
+        for (int j = 0; j < kRowBatch; ++j)
+          if (first + i + j < end) multiply_block(first + i + j, lines[i + j], x[j]);
+      }
+    }
+  }
+
+  __device__ void multiply_block(int block, const Lines& lines, const Row (&x)[kTokens]) {
+    const typename X::Weights weights = X::weights(format, lines, w, grid);
+    TORCHQUANT_UNROLL()
+    for (int t = 0; t < kTokens; ++t) X::multiply(sums[t], weights, x[t]);
+    if (grouped && (block + 1 == last || block + 1 == end)) end_group();
+  }
+
+  __device__ void end_group() {
+    TORCHQUANT_UNROLL()
+    for (int t = 0; t < kTokens; ++t) {
+      add_group(t, sums[t], values[t]);
+      for (int i = 0; i < 4; ++i) sums[t][i] = 0;
+    }
+    ++group;
+    last += static_cast<int>(w.layout.group_blocks);
+    grid = next_grid;
+    next_grid.load(w, group + 1, output());
+  }
+
+  __device__ void add_group(int t, const Sum (&sum)[4], float (&value)[4]) const {
+    for (int i = 0; i < 4; ++i)
+      value[i] =
+          X::added(m.product, grid, i / 2, sum[i], grouped ? group : 0, row_of(t, i), value[i]);
+  }
+
+  __device__ void finish(int t, const float (&value)[4]) const {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = row_of(t, i), at = output() + i / 2;
+      if (row < m.product.rows && at < w.outputs && tile < m.product.last_tile)
+        finish_output(m, row, at, value[i]);
+    }
+  }
+
+  // Four numbers of every lane, of a warp and t.
+  __device__ static LineWords<4>& meeting_place(int warp, int t) {
+    return reinterpret_cast<LineWords<4>*>(
+        warp_buffers)[(warp * kTokens + t) * kWarpSize + warp_lane()];
+  }
+
+  // Numbers of all parts, added in their order; each part does so for its share of the tokens.
+  template <class N, class Use>
+  __device__ void meet(const N (&own)[kTokens][4], const Use& use) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    TORCHQUANT_UNROLL()
+    for (int t = 0; t < kTokens; ++t) {
+      LineWords<4> words;
+      memcpy(&words, own[t], sizeof(words));
+      meeting_place(warp, t) = words;
+    }
+    __syncthreads();
+    TORCHQUANT_UNROLL(1)
+    for (int t = part; t < kTokens; t += m.parts) {
+      N total[4];
+      for (int other = 0; other < m.parts; ++other) {
+        const LineWords<4> words = meeting_place(warp - part + other, t);
+        N numbers[4];
+        memcpy(numbers, &words, sizeof(words));
+        for (int i = 0; i < 4; ++i) total[i] = other == 0 ? numbers[i] : total[i] + numbers[i];
+      }
+      use(t, total);
+    }
+  }
+
+  __device__ void finish_all() {
+    const auto finish_values = [this](int t, const float (&value)[4]) { finish(t, value); };
+    const auto finish_sums = [this](int t, const Sum(&sum)[4]) {
+      float value[4] = {};
+      add_group(t, sum, value);
+      finish(t, value);
+    };
+    grouped ? meet(values, finish_values) : meet(sums, finish_sums);
+  }
+};
+
+template <class X, class F, int kTokens>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize) matrix_kernel(const MatrixProduct m) {
+  constexpr int kRows = kTokens * kRowsAtOnce;
+  const auto chunks = static_cast<unsigned>((m.product.rows + kRows - 1) / kRows);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t tile =
+      m.product.first_tile + int64_t{blockIdx.x / chunks} * m.block_tiles + warp / m.parts;
+  // A warp without a tile repeats the last one and stores nothing.
+  MatrixWarp<X, F, kTokens> share(m, tile < m.product.last_tile ? tile : m.product.last_tile - 1,
+                                  warp % m.parts, int64_t{blockIdx.x % chunks} * kRows);
+  share.multiply();
+  share.finish_all();
+}
+
+int64_t chunks_of(const MatrixProduct& m) {
+  const int64_t rows = m.tokens * kRowsAtOnce;
+  return (m.product.rows + rows - 1) / rows;
+}
+
+void cut_into_shares(MatrixProduct& m) {
+  const PackedProduct& p = m.product;
+  const int64_t tiles = p.last_tile - p.first_tile;
+  m.tokens = p.rows <= kRowsAtOnce ? 1 : p.rows <= 2 * kRowsAtOnce ? 2 : 4;
+  const int64_t shares = tiles * chunks_of(m);
+  const int most = m.tokens == 1 ? kMostWarps / 2 : kMostWarps;
+  // Integers of groups become floats in the order of the groups: all in one warp.
+  const bool whole = m.x.type == UnpackType::bytes && p.weight.layout.groups > 1;
+  m.parts = 1;
+  while (!whole && m.parts < 8 && shares * m.parts < kWantedWarps) m.parts *= 2;
+  m.block_tiles = static_cast<int>(std::clamp<int64_t>(shares / kWantedBlocks, 1, most / m.parts));
+}
+
+template <class X, class F, int kTokens>
+void launch_shares(const MatrixProduct& m, void* stream) {
+  const int64_t tiles = m.product.last_tile - m.product.first_tile;
+  const int warps = m.block_tiles * m.parts;
+  cudaLaunchConfig_t config = {};
+  config.gridDim =
+      dim3(static_cast<unsigned>((tiles + m.block_tiles - 1) / m.block_tiles * chunks_of(m)));
+  config.blockDim = dim3(static_cast<unsigned>(warps * kWarpSize));
+  config.dynamicSmemBytes = static_cast<size_t>(warps) * kTokens * kWarpSize * 16;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda("matrix_product", cudaLaunchKernelEx(&config, matrix_kernel<X, F, kTokens>, m));
+}
+
+template <class X, class F>
+void launch_format(const MatrixProduct& m, void* stream) {
+  m.tokens == 1   ? launch_shares<X, F, 1>(m, stream)
+  : m.tokens == 2 ? launch_shares<X, F, 2>(m, stream)
+                  : launch_shares<X, F, 4>(m, stream);
+}
+
+template <class X>
+void launch_any_format(const MatrixProduct& m, void* stream) {
+  const PackedWeight& w = m.product.weight;
+  if (w.levels != nullptr) return launch_format<X, MatrixFormat<4, true>>(m, stream);
+  switch (w.layout.bits) {
+    case 2:
+      return launch_format<X, MatrixFormat<2, false>>(m, stream);
+    case 3:
+      return launch_format<X, MatrixFormat<3, false>>(m, stream);
+    case 4:
+      return launch_format<X, MatrixFormat<4, false>>(m, stream);
+    default:
+      return launch_format<X, MatrixFormat<8, false>>(m, stream);
+  }
+}
+
+}  // namespace
+
+void launch_matrix_product(const MatrixProduct& product, void* stream) {
+  MatrixProduct m = product;
+  if (m.product.rows == 0 || m.product.last_tile <= m.product.first_tile) return;
+  cut_into_shares(m);
+  if (m.x.type == UnpackType::bytes) return launch_any_format<Integers>(m, stream);
+  if (m.x.type == UnpackType::float16) return launch_any_format<Floats<Float16>>(m, stream);
+  launch_any_format<Floats<BFloat16>>(m, stream);
+}
+
+}  // namespace torchquant

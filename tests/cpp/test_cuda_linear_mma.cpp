@@ -1,0 +1,98 @@
+// As test_cuda_kernels.cpp, for tensor cores: integers against the scalar tier, to the last bit;
+// halves against float64.
+#ifndef TORCHQUANT_CUDA  // a build with CUDA has the real ones, and tests/cuda
+#include <csrc/kernels/linear_unpack.h>
+#include <gtest/gtest.h>
+
+#include <csrc/kernels/linear_mma.cu>
+#include <vector>
+
+#include "cuda_on_host/cuda_runtime.h"
+#include "linear_problem.h"
+
+namespace torchquant {
+
+float warp_buffers[cuda_on_host::kSharedBytes / sizeof(float)];
+
+namespace {
+
+void multiply_integers(const PackedProduct& p) {
+  MatrixProduct m{};
+  m.product = p;
+  m.x = {p.narrow, UnpackType::bytes};
+  m.row_inputs = p.weight.layout.blocks * kBlockInputs;
+  m.bias = {p.bias, UnpackType::float32};
+  m.residual = {p.residual, UnpackType::float32};
+  m.out = {p.out, UnpackType::float32};
+  launch_matrix_product(m, nullptr);
+}
+
+TEST(CudaLinearMma, Integers) {
+  for (LinearCase c : linear_cases(100, {1, 5, 8, 9, 17, 40})) {
+    c.wide = false;
+    LinearProblem problem(c), reference(c);
+    problem.quantize(scalar::quantize_rows), reference.quantize(scalar::quantize_rows);
+    for (int64_t first_tile = 0; first_tile < c.tiles(); first_tile += 5) {
+      cuda_on_host::reversed = first_tile > 0;
+      reference.multiply(scalar::packed_product, first_tile);
+      problem.multiply(multiply_integers, first_tile);
+      EXPECT_TRUE(problem.same_outputs(reference)) << c;
+    }
+  }
+}
+
+// Sums of codes times halves that are small integers: exact, whatever their order.
+template <class T>
+void expect_exact_sums(const LinearCase& c, UnpackType type) {
+  const LinearProblem problem(c);
+  PackedWeight w = problem.weight();
+  const std::vector<float> ones(w.layout.groups * w.stride, 1.0f),
+      halves(w.layout.groups * w.stride, 0.5f);
+  w.scale = ones.data();
+  w.offset = c.kind == Kind::offset ? halves.data() : nullptr;
+  const int64_t inputs = w.layout.blocks * kBlockInputs;
+  Guarded<uint16_t> x(c.rows * inputs);
+  std::vector<float> values(c.rows * inputs), weights(c.outputs * c.columns);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    for (int64_t g = 0; g < w.layout.groups; ++g) {
+      for (int64_t k = 0; k < w.layout.group_columns(g); ++k) {
+        const int64_t at = row * inputs + g * w.layout.group_blocks * kBlockInputs + k;
+        values[at] = static_cast<float>((row * 7 + g * 3 + k * 5) % 9 - 4);
+      }
+    }
+  }
+  for (size_t i = 0; i < values.size(); ++i) x[i] = static_cast<uint16_t>(T::pair(values[i], 0.0f));
+  scalar::unpack_weight({w, 0, c.tiles(), UnpackType::float32, weights.data()});
+  Guarded<float> out(c.rows * c.outputs);
+  MatrixProduct m{};
+  m.product.weight = w;
+  m.product.last_tile = c.tiles();
+  m.product.rows = c.rows;
+  m.x = {x.data(), type};
+  m.row_inputs = inputs;
+  m.out = {out.data(), UnpackType::float32};
+  launch_matrix_product(m, nullptr);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    for (int64_t n = 0; n < c.outputs; ++n) {
+      double sum = 0;
+      for (int64_t g = 0; g < w.layout.groups; ++g) {
+        for (int64_t k = 0; k < w.layout.group_columns(g); ++k)
+          sum += static_cast<double>(weights[n * c.columns + g * w.layout.group_size + k]) *
+                 values[row * inputs + g * w.layout.group_blocks * kBlockInputs + k];
+      }
+      ASSERT_EQ(out[row * c.outputs + n], static_cast<float>(sum)) << row << ", " << n << ", " << c;
+    }
+  }
+}
+
+TEST(CudaLinearMma, Halves) {
+  for (LinearCase c : linear_cases(60, {1, 3, 8, 9, 16, 33})) {
+    if (c.kind == Kind::offset && c.bits > 4) c.bits = 4;  // bfloat16 has no 8 bits and a half
+    expect_exact_sums<Float16>(c, UnpackType::float16);
+    expect_exact_sums<BFloat16>(c, UnpackType::bfloat16);
+  }
+}
+
+}  // namespace
+}  // namespace torchquant
+#endif
