@@ -14,12 +14,6 @@
 #include <csrc/core/mma.cuh>
 #include <csrc/kernels/linear_words.cuh>
 
-#ifdef __CUDACC__
-#define TORCHQUANT_UNROLL(...) _Pragma("unroll " #__VA_ARGS__)
-#else
-#define TORCHQUANT_UNROLL(...)
-#endif
-
 namespace torchquant {
 namespace {
 
@@ -32,6 +26,7 @@ constexpr int64_t kWantedBlocks = 128;  // about one for each SM
 template <int kBits, bool kLevels>
 struct MatrixFormat {
   static constexpr int kWords = kBits == 8 ? 4 : kBits == 3 ? 4 : 2;
+  static constexpr int kBlockBytes = kBits * static_cast<int>(kLine);
   static constexpr bool kWhole = kLevels || kBits == 8;  // whether u needs all bits of a byte
   using Lines = LineWords<2>[kWords / 2];
 
@@ -288,7 +283,7 @@ struct MatrixWarp {
     const int group_blocks = static_cast<int>(w.layout.group_blocks);
     group = begin / group_blocks;
     last = (group + 1) * group_blocks;
-    codes = w.packed + tile * w.layout.blocks * w.layout.bits * kLine;
+    codes = w.packed + tile * w.layout.blocks * F::kBlockBytes;
     for (int t = 0; t < kTokens; ++t) {  // rows behind the last one repeat it
       const int64_t row = first_row + t * kRowsAtOnce + lane / 4;
       const int64_t at = (row < m.product.rows ? row : m.product.rows - 1) * m.row_inputs;
@@ -305,19 +300,16 @@ struct MatrixWarp {
   }
 
   __device__ void load_codes(int first, Lines (&lines)[kBatch]) const {
-    const int block_bytes = static_cast<int>(w.layout.bits * kLine);
-    TORCHQUANT_UNROLL()
     for (int i = 0; i < kBatch; ++i)
-      if (first + i < end) format.load(codes + int64_t{first + i} * block_bytes, lines[i]);
+      if (first + i < end) format.load(codes + int64_t{first + i} * F::kBlockBytes, lines[i]);
   }
 
   __device__ void load_rows(int first, Row (&x)[kRowBatch][kTokens]) const {
     constexpr int kBlockBytes = sizeof(Row) * 4;
-    TORCHQUANT_UNROLL()
-    for (int i = 0; i < kRowBatch; ++i) TORCHQUANT_UNROLL()
-    for (int t = 0; t < kTokens; ++t)
-      if (first + i < end)
-        x[i][t] = load_words<sizeof(Row) / 4>(rows[t] + int64_t{first + i} * kBlockBytes);
+    for (int i = 0; i < kRowBatch; ++i)
+      for (int t = 0; t < kTokens; ++t)
+        if (first + i < end)
+          x[i][t] = load_words<sizeof(Row) / 4>(rows[t] + int64_t{first + i} * kBlockBytes);
   }
 
   __device__ void multiply() {
@@ -327,11 +319,12 @@ struct MatrixWarp {
       Lines lines[kBatch];
       memcpy(lines, ahead, sizeof(lines));
       load_codes(first + kBatch, ahead);
-      TORCHQUANT_UNROLL()
+#ifdef __CUDACC__
+#pragma unroll
+#endif
       for (int i = 0; i < kBatch; i += kRowBatch) {
         Row x[kRowBatch][kTokens] = {};
         load_rows(first + i, x);
-        TORCHQUANT_UNROLL()
         for (int j = 0; j < kRowBatch; ++j)
           if (first + i + j < end) multiply_block(first + i + j, lines[i + j], x[j]);
       }
@@ -340,13 +333,11 @@ struct MatrixWarp {
 
   __device__ void multiply_block(int block, const Lines& lines, const Row (&x)[kTokens]) {
     const typename X::Weights weights = X::weights(format, lines, w, grid);
-    TORCHQUANT_UNROLL()
     for (int t = 0; t < kTokens; ++t) X::multiply(sums[t], weights, x[t]);
     if (grouped && (block + 1 == last || block + 1 == end)) end_group();
   }
 
   __device__ void end_group() {
-    TORCHQUANT_UNROLL()
     for (int t = 0; t < kTokens; ++t) {
       add_group(t, sums[t], values[t]);
       for (int i = 0; i < 4; ++i) sums[t][i] = 0;
@@ -381,14 +372,12 @@ struct MatrixWarp {
   template <class N, class Use>
   __device__ void meet(const N (&own)[kTokens][4], const Use& use) const {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-    TORCHQUANT_UNROLL()
     for (int t = 0; t < kTokens; ++t) {
       LineWords<4> words;
       memcpy(&words, own[t], sizeof(words));
       meeting_place(warp, t) = words;
     }
     __syncthreads();
-    TORCHQUANT_UNROLL(1)
     for (int t = part; t < kTokens; t += m.parts) {
       N total[4];
       for (int other = 0; other < m.parts; ++other) {
