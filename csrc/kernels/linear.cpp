@@ -178,7 +178,7 @@ OutputGrid::OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional
   const int64_t parts = scale_.numel();
   if (x.is_cuda()) {
     const auto spread = [&](const at::Tensor& numbers) {
-      return numbers.reshape({parts, 1}).expand({parts, outputs / parts}).reshape({outputs});
+      return numbers.reshape({parts, 1}).repeat({1, outputs / parts}).reshape({outputs});
     };
     scale_ = spread(scale_);
     zero_point_ = spread(zero_point_);

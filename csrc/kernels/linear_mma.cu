@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <csrc/core/mma.cuh>
 #include <csrc/kernels/linear_words.cuh>
+#include <type_traits>
 
 namespace torchquant {
 namespace {
@@ -23,8 +24,12 @@ constexpr int64_t kWantedWarps = 2048;  // 16 for each SM
 constexpr int64_t kWantedBlocks = 128;  // about one for each SM
 
 // The codes of a lane as bytes u, four inputs in a word: of outputs 2 * g and 2 * g + 1, two words.
-template <int kBits, bool kLevels>
+enum class CodeKind { plain, offset, levels };
+
+template <int kBits, CodeKind kKind>
 struct MatrixFormat {
+  static constexpr bool kLevels = kKind == CodeKind::levels;
+  static constexpr bool kOffset = kKind == CodeKind::offset;
   static constexpr int kWords = kBits == 8 ? 4 : kBits == 3 ? 4 : 2;
   static constexpr int kBlockBytes = kBits * static_cast<int>(kLine);
   static constexpr bool kWhole = kLevels || kBits == 8;  // whether u needs all bits of a byte
@@ -71,20 +76,6 @@ struct MatrixFormat {
   }
 };
 
-// What enters the outputs 2 * g and 2 * g + 1 from one group.
-struct GroupGrid {
-  float scale[2];
-  float offset[2];
-
-  __device__ void load(const PackedWeight& w, int64_t group, int64_t output) {
-    const int64_t at = (group < w.layout.groups ? group : w.layout.groups - 1) * w.stride + output;
-    for (int o = 0; o < 2; ++o) {
-      scale[o] = w.scale[at + o];
-      offset[o] = w.offset != nullptr ? w.offset[at + o] : 0.0f;
-    }
-  }
-};
-
 // Rows of integers: exact sums, and floats in the order of linear_tile.h.
 struct Integers {
   using Sum = int32_t;
@@ -93,9 +84,43 @@ struct Integers {
     uint32_t words[4];
   };
 
-  template <class F>
-  __device__ static Weights weights(const F& format, const typename F::Lines& lines,
-                                    const PackedWeight&, const GroupGrid&) {
+  // What enters a lane's outputs and rows from one group.
+  template <class F, int kTokens>
+  struct Group {
+    float scale[2], offset[2];
+    int32_t row_sums[kTokens][2];
+
+    __device__ void load(const PackedProduct& p, int64_t group, int64_t output, int64_t row) {
+      const PackedWeight& w = p.weight;
+      for (int o = 0; o < 2; ++o) {
+        scale[o] = w.scale[group * w.stride + output + o];
+        offset[o] = w.offset != nullptr ? w.offset[group * w.stride + output + o] : 0.0f;
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at = row + t * kRowsAtOnce + i;
+          row_sums[t][i] = p.sums[(at < p.rows ? at : p.rows - 1) * w.layout.groups + group];
+        }
+      }
+    }
+
+    __device__ float added(const PackedProduct& p, int t, int i, Sum sum, bool first,
+                           float value) const {
+      const PackedWeight& w = p.weight;
+      const int o = i / 2;
+      const auto origin = static_cast<uint32_t>(w.needs_signs() ? w.origin - 128 : w.origin);
+      const int32_t row_sum = row_sums[t][i % 2];
+      const uint32_t dot = static_cast<uint32_t>(sum) - origin * static_cast<uint32_t>(row_sum);
+      float added = static_cast<float>(static_cast<int32_t>(dot));
+      if (w.offset != nullptr) added += offset[o] * static_cast<float>(row_sum);
+      added *= scale[o];
+      return first ? added : value + added;
+    }
+  };
+
+  template <class F, class G>
+  __device__ static Weights weights(const F& format, const typename F::Lines& lines, float,
+                                    const G&) {
     Weights weights;
     for (int o = 0; o < 2; ++o) {
       uint32_t u[2];
@@ -107,18 +132,6 @@ struct Integers {
 
   __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {
     mma_s8(sums, weights.words, row.at[0], row.at[1]);
-  }
-
-  __device__ static float added(const PackedProduct& p, const GroupGrid& grid, int o, Sum sum,
-                                int64_t group, int64_t row, float value) {
-    const PackedWeight& w = p.weight;
-    const int32_t row_sum = p.sums[(row < p.rows ? row : p.rows - 1) * w.layout.groups + group];
-    const uint32_t origin = static_cast<uint32_t>(w.needs_signs() ? w.origin - 128 : w.origin);
-    const uint32_t dot = static_cast<uint32_t>(sum) - origin * static_cast<uint32_t>(row_sum);
-    float added = static_cast<float>(static_cast<int32_t>(dot));
-    if (w.offset != nullptr) added += grid.offset[o] * static_cast<float>(row_sum);
-    added *= grid.scale[o];
-    return group == 0 ? added : value + added;
   }
 };
 
@@ -155,16 +168,34 @@ struct Floats {
     uint32_t words[2][4];  // of four inputs each
   };
 
+  // What enters a lane's outputs from one group.
+  template <class F, int kTokens>
+  struct Group {
+    float scale[2], offset[2];
+
+    __device__ void load(const PackedProduct& p, int64_t group, int64_t output, int64_t) {
+      const PackedWeight& w = p.weight;
+      for (int o = 0; o < 2; ++o) {
+        scale[o] = w.scale[group * w.stride + output + o];
+        if constexpr (F::kOffset) offset[o] = w.offset[group * w.stride + output + o];
+      }
+    }
+
+    __device__ float added(const PackedProduct&, int, int i, Sum sum, bool, float value) const {
+      return fused(sum, scale[i / 2], value);
+    }
+  };
+
   // u - origin + offset for the four bytes of a word, in pairs. The first difference is exact.
-  template <bool kWhole>
-  __device__ static void to_pairs(uint32_t u, float origin, float offset, bool has_offset,
-                                  uint32_t& first, uint32_t& last) {
-    if constexpr (kWhole && !T::kTakesBytes) {
+  template <class F>
+  __device__ static void to_pairs(uint32_t u, float origin, float offset, uint32_t& first,
+                                  uint32_t& last) {
+    if constexpr (F::kWhole && !T::kTakesBytes) {
       float values[4];
-      for (int i = 0; i < 4; ++i)  // 2^23 + u
+      for (int i = 0; i < 4; ++i) {  // 2^23 + u
         values[i] = float_of(__byte_perm(u, 0x4b000000u, 0x7540 + i)) - (8388608.0f + origin);
-      if (has_offset)
-        for (int i = 0; i < 4; ++i) values[i] += offset;
+        if constexpr (F::kOffset) values[i] += offset;
+      }
       first = T::pair(values[0], values[1]);
       last = T::pair(values[2], values[3]);
     } else {
@@ -172,7 +203,7 @@ struct Floats {
       const uint32_t bases = T::pair(base, base);
       first = T::fma(__byte_perm(u, T::kBase, 0x4140), T::kOnes, bases);
       last = T::fma(__byte_perm(u, T::kBase, 0x4342), T::kOnes, bases);
-      if (has_offset) {
+      if constexpr (F::kOffset) {
         const uint32_t offsets = T::pair(offset, offset);
         first = T::fma(first, T::kOnes, offsets);
         last = T::fma(last, T::kOnes, offsets);
@@ -180,17 +211,15 @@ struct Floats {
     }
   }
 
-  template <class F>
-  __device__ static Weights weights(const F& format, const typename F::Lines& lines,
-                                    const PackedWeight& w, const GroupGrid& grid) {
-    const auto origin = static_cast<float>(w.origin);
+  template <class F, class G>
+  __device__ static Weights weights(const F& format, const typename F::Lines& lines, float origin,
+                                    const G& group) {
     Weights weights;
     for (int o = 0; o < 2; ++o) {
       uint32_t u[2];
       format.bytes(lines, o, u);
       for (int s = 0; s < 2; ++s)
-        to_pairs<F::kWhole>(u[s], origin, grid.offset[o], w.offset != nullptr, weights.words[s][o],
-                            weights.words[s][2 + o]);
+        to_pairs<F>(u[s], origin, group.offset[o], weights.words[s][o], weights.words[s][2 + o]);
     }
     return weights;
   }
@@ -198,11 +227,6 @@ struct Floats {
   __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {
     T::multiply(sums, weights.words[0], row.at[0], row.at[1]);
     T::multiply(sums, weights.words[1], row.at[2], row.at[3]);
-  }
-
-  __device__ static float added(const PackedProduct&, const GroupGrid& grid, int o, Sum sum,
-                                int64_t, int64_t, float value) {
-    return fused(sum, grid.scale[o], value);
   }
 };
 
@@ -241,29 +265,32 @@ __device__ inline void finish_output(const MatrixProduct& m, int64_t row, int64_
       static_cast<uint8_t>(to_code(y, p.code_scale[output], p.code_zero_point[output], p.max_code));
 }
 
-// One warp's share.
+// One warp's share. Blocks are multiplied in steps: of kStep blocks where these lie in one group,
+// else of one.
+constexpr int kStep = 4;
+
 template <class X, class F, int kTokens>
 struct MatrixWarp {
   using Sum = typename X::Sum;
   using Row = typename X::Row;
   using Lines = typename F::Lines;
-  // Blocks whose codes are loaded at once (one such batch ahead), and whose rows are.
-  static constexpr int kBatch = (F::kWords == 2 ? 8 : 4) / (kTokens == 4 ? 2 : 1);
-  static constexpr int kRowBatch = kTokens == 1 ? kBatch : kTokens == 2 ? 2 : 1;
+  using Group = typename X::template Group<F, kTokens>;
+  // Steps whose codes are loaded ahead, and blocks whose rows are loaded together.
+  static constexpr int kAhead = F::kWords == 2 && kTokens < 4 ? 2 : 1;
+  static constexpr int kRowBatch = kTokens == 4 ? 2 : kStep;
 
   const MatrixProduct& m;
   const PackedWeight& w;
-  const int lane;
-  const int part;
-  const int64_t tile;
-  const int64_t first_row;
+  const int lane, part;
+  const int64_t tile, first_row;
   const F format;
-  const bool grouped;
+  const int groups, group_blocks;
+  const float origin;
   int begin, end;   // blocks
   int group, last;  // the group in work, and behind its last block
   const uint8_t* codes;
   const uint8_t* rows[kTokens];
-  GroupGrid grid, next_grid;
+  Group now, next;
   Sum sums[kTokens][4] = {};
   float values[kTokens][4] = {};
 
@@ -276,11 +303,13 @@ struct MatrixWarp {
         tile(its_tile),
         first_row(its_row),
         format(w, its_tile, lane),
-        grouped(w.layout.groups > 1) {
-    const int blocks = static_cast<int>(w.layout.blocks), length = (blocks + m.parts - 1) / m.parts;
+        groups(static_cast<int>(w.layout.groups)),
+        group_blocks(static_cast<int>(w.layout.group_blocks)),
+        origin(static_cast<float>(w.origin)) {
+    const int blocks = static_cast<int>(w.layout.blocks);
+    const int length = static_cast<int>(padded((blocks + m.parts - 1) / m.parts, kStep));
     begin = part * length < blocks ? part * length : blocks;
     end = begin + length < blocks ? begin + length : blocks;
-    const int group_blocks = static_cast<int>(w.layout.group_blocks);
     group = begin / group_blocks;
     last = (group + 1) * group_blocks;
     codes = w.packed + tile * w.layout.blocks * F::kBlockBytes;
@@ -290,51 +319,72 @@ struct MatrixWarp {
       rows[t] =
           static_cast<const uint8_t*>(m.x.data) + at * (sizeof(Row) / 8) + lane % 4 * sizeof(Row);
     }
-    grid.load(w, group, output());
-    next_grid.load(w, group + 1, output());
+    load_group(group, now);
+    load_group(group + 1, next);
   }
 
   __device__ int64_t output() const { return tile * kTileOutputs + lane / 4 * 2; }
   __device__ int64_t row_of(int t, int i) const {
     return first_row + t * kRowsAtOnce + lane % 4 * 2 + i % 2;
   }
-
-  __device__ void load_codes(int first, Lines (&lines)[kBatch]) const {
-    for (int i = 0; i < kBatch; ++i)
-      if (first + i < end) format.load(codes + int64_t{first + i} * F::kBlockBytes, lines[i]);
+  __device__ void load_group(int g, Group& to) const {
+    to.load(m.product, g < groups ? g : groups - 1, output(), row_of(0, 0));
   }
 
-  __device__ void load_rows(int first, Row (&x)[kRowBatch][kTokens]) const {
-    constexpr int kBlockBytes = sizeof(Row) * 4;
-    for (int i = 0; i < kRowBatch; ++i)
-      for (int t = 0; t < kTokens; ++t)
+  template <int N>
+  __device__ void load_codes(int first, Lines (&lines)[N]) const {
+    const uint8_t* const from = codes + int64_t{first} * F::kBlockBytes;
+    const bool all = first + N <= end;
+    for (int i = 0; i < N; ++i)
+      if (all || first + i < end) format.load(from + i * F::kBlockBytes, lines[i]);
+  }
+
+  // Zeros where there are no more blocks, whatever their codes.
+  template <int N>
+  __device__ void load_rows(int first, Row (&x)[N][kTokens]) const {
+    constexpr int kBytes = sizeof(Row) * 4;  // of a block
+    for (int i = 0; i < N; ++i) {
+      for (int t = 0; t < kTokens; ++t) {
+        x[i][t] = Row{};
         if (first + i < end)
-          x[i][t] = load_words<sizeof(Row) / 4>(rows[t] + int64_t{first + i} * kBlockBytes);
-  }
-
-  __device__ void multiply() {
-    Lines ahead[kBatch] = {};
-    load_codes(begin, ahead);
-    for (int first = begin; first < end; first += kBatch) {
-      Lines lines[kBatch];
-      memcpy(lines, ahead, sizeof(lines));
-      load_codes(first + kBatch, ahead);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-      for (int i = 0; i < kBatch; i += kRowBatch) {
-        Row x[kRowBatch][kTokens] = {};
-        load_rows(first + i, x);
-        for (int j = 0; j < kRowBatch; ++j)
-          if (first + i + j < end) multiply_block(first + i + j, lines[i + j], x[j]);
+          x[i][t] = load_words<sizeof(Row) / 4>(rows[t] + int64_t{first} * kBytes + i * kBytes);
       }
     }
   }
 
-  __device__ void multiply_block(int block, const Lines& lines, const Row (&x)[kTokens]) {
-    const typename X::Weights weights = X::weights(format, lines, w, grid);
-    for (int t = 0; t < kTokens; ++t) X::multiply(sums[t], weights, x[t]);
-    if (grouped && (block + 1 == last || block + 1 == end)) end_group();
+  __device__ void multiply() {
+    groups == 1 || group_blocks % kStep == 0 ? multiply_in_steps<kStep>() : multiply_in_steps<1>();
+  }
+
+  template <int N>
+  __device__ void multiply_in_steps() {
+    Lines ahead[kAhead][N] = {};
+    for (int a = 0; a < kAhead; ++a) load_codes(begin + a * N, ahead[a]);
+    for (int first = begin; first < end; first += kAhead * N) {
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+      for (int a = 0; a < kAhead; ++a) {
+        Lines lines[N];
+        memcpy(lines, ahead[a], sizeof(lines));
+        load_codes(first + (kAhead + a) * N, ahead[a]);
+        multiply_step(first + a * N, lines);
+      }
+    }
+  }
+
+  template <int N>
+  __device__ void multiply_step(int first, const Lines (&lines)[N]) {
+    constexpr int kRows = kRowBatch < N ? kRowBatch : N;
+    for (int i = 0; i < N; i += kRows) {
+      Row x[kRows][kTokens];
+      load_rows(first + i, x);
+      for (int j = 0; j < kRows; ++j) {
+        const typename X::Weights weights = X::weights(format, lines[i + j], origin, now);
+        for (int t = 0; t < kTokens; ++t) X::multiply(sums[t], weights, x[j][t]);
+      }
+    }
+    if (groups > 1 && first < end && (first + N >= last || first + N >= end)) end_group();
   }
 
   __device__ void end_group() {
@@ -343,15 +393,13 @@ struct MatrixWarp {
       for (int i = 0; i < 4; ++i) sums[t][i] = 0;
     }
     ++group;
-    last += static_cast<int>(w.layout.group_blocks);
-    grid = next_grid;
-    next_grid.load(w, group + 1, output());
+    last += group_blocks;
+    now = next;
+    load_group(group + 1, next);
   }
 
   __device__ void add_group(int t, const Sum (&sum)[4], float (&value)[4]) const {
-    for (int i = 0; i < 4; ++i)
-      value[i] =
-          X::added(m.product, grid, i / 2, sum[i], grouped ? group : 0, row_of(t, i), value[i]);
+    for (int i = 0; i < 4; ++i) value[i] = now.added(m.product, t, i, sum[i], group == 0, value[i]);
   }
 
   __device__ void finish(int t, const float (&value)[4]) const {
@@ -391,13 +439,15 @@ struct MatrixWarp {
   }
 
   __device__ void finish_all() {
-    const auto finish_values = [this](int t, const float (&value)[4]) { finish(t, value); };
-    const auto finish_sums = [this](int t, const Sum(&sum)[4]) {
+    if (groups > 1)
+      return meet(values, [this](int t, const float (&value)[4]) { finish(t, value); });
+    group = 0;
+    load_group(group, now);  // parts without a block have none
+    meet(sums, [this](int t, const Sum(&sum)[4]) {
       float value[4] = {};
       add_group(t, sum, value);
       finish(t, value);
-    };
-    grouped ? meet(values, finish_values) : meet(sums, finish_sums);
+    });
   }
 };
 
@@ -453,20 +503,27 @@ void launch_format(const MatrixProduct& m, void* stream) {
                   : launch_shares<X, F, 4>(m, stream);
 }
 
+template <class X, CodeKind kKind>
+void launch_bits(const MatrixProduct& m, void* stream) {
+  switch (m.product.weight.layout.bits) {
+    case 2:
+      return launch_format<X, MatrixFormat<2, kKind>>(m, stream);
+    case 3:
+      return launch_format<X, MatrixFormat<3, kKind>>(m, stream);
+    case 4:
+      return launch_format<X, MatrixFormat<4, kKind>>(m, stream);
+    default:
+      return launch_format<X, MatrixFormat<8, kKind>>(m, stream);
+  }
+}
+
 template <class X>
 void launch_any_format(const MatrixProduct& m, void* stream) {
   const PackedWeight& w = m.product.weight;
-  if (w.levels != nullptr) return launch_format<X, MatrixFormat<4, true>>(m, stream);
-  switch (w.layout.bits) {
-    case 2:
-      return launch_format<X, MatrixFormat<2, false>>(m, stream);
-    case 3:
-      return launch_format<X, MatrixFormat<3, false>>(m, stream);
-    case 4:
-      return launch_format<X, MatrixFormat<4, false>>(m, stream);
-    default:
-      return launch_format<X, MatrixFormat<8, false>>(m, stream);
-  }
+  if (w.levels != nullptr) return launch_format<X, MatrixFormat<4, CodeKind::levels>>(m, stream);
+  if constexpr (!std::is_same_v<X, Integers>)  // theirs are added to sums
+    if (w.offset != nullptr) return launch_bits<X, CodeKind::offset>(m, stream);
+  launch_bits<X, CodeKind::plain>(m, stream);
 }
 
 }  // namespace

@@ -132,10 +132,12 @@ def test_halves_meet_the_weight_in_registers(place, kind, bits, dtype):
 def test_halves_to_codes(place, activation):
     layer = packed_layer(72, 200, 4, 64, "offset")
     x, bias = torch.randn(40, 200, generator=random(20)).half(), torch.randn(72, generator=random(21))
-    grid = {"output_scale": torch.rand(3, generator=random(22)) + 0.5, "output_zero_point": torch.full((3,), 120.0)}
-    here, there = on_both(x, layer, place, bias, input_bits=16, activation=activation, **grid)
-    assert there.dtype == torch.uint8 and here.unique().numel() > 12
-    assert (here.int() - there.int()).abs().max() <= 1
+    for parts in (1, 3):
+        scale = torch.rand(parts, generator=random(22)) + 0.5
+        grid = {"output_scale": scale, "output_zero_point": torch.full((parts,), 120.0)}
+        here, there = on_both(x, layer, place, bias, input_bits=16, activation=activation, **grid)
+        assert there.dtype == torch.uint8 and here.unique().numel() > 12
+        assert (here.int() - there.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("group_size", [0, 32, 128])
