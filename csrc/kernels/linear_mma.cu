@@ -19,9 +19,11 @@ namespace torchquant {
 namespace {
 
 constexpr int kRowsAtOnce = 8;
-constexpr int kMostWarps = 16;          // of a thread block
 constexpr int64_t kWantedWarps = 2048;  // 16 for each SM
 constexpr int64_t kWantedBlocks = 128;  // about one for each SM
+
+// Of a thread block; sixteen fit on an SM.
+__host__ __device__ constexpr int most_warps(int tokens) { return tokens == 1 ? 8 : 16; }
 
 // The codes of a lane as bytes u, four inputs in a word: of outputs 2 * g and 2 * g + 1, two words.
 enum class CodeKind { plain, offset, levels };
@@ -78,6 +80,7 @@ struct MatrixFormat {
 
 // Rows of integers: exact sums, and floats in the order of linear_tile.h.
 struct Integers {
+  static constexpr bool kInOrder = true;
   using Sum = int32_t;
   using Row = LineWords<2>;  // a lane's eight inputs of a block
   struct Weights {
@@ -162,6 +165,7 @@ struct BFloat16 {
 // Rows of float16 or bfloat16.
 template <class T>
 struct Floats {
+  static constexpr bool kInOrder = false;
   using Sum = float;
   using Row = LineWords<4>;
   struct Weights {
@@ -265,6 +269,11 @@ __device__ inline void finish_output(const MatrixProduct& m, int64_t row, int64_
       static_cast<uint8_t>(to_code(y, p.code_scale[output], p.code_zero_point[output], p.max_code));
 }
 
+// Whether parts take turns over groups, so that these can be added in their order.
+__host__ __device__ inline bool in_turns(const MatrixProduct& m) {
+  return m.x.type == UnpackType::bytes && m.product.weight.layout.groups > 1 && m.parts > 1;
+}
+
 // One warp's share. Blocks are multiplied in steps: of kStep blocks where these lie in one group,
 // else of one.
 constexpr int kStep = 4;
@@ -276,8 +285,11 @@ struct MatrixWarp {
   using Lines = typename F::Lines;
   using Group = typename X::template Group<F, kTokens>;
   // Steps whose codes are loaded ahead, and blocks whose rows are loaded together.
-  static constexpr int kAhead = F::kWords == 2 && kTokens < 4 ? 2 : 1;
-  static constexpr int kRowBatch = kTokens == 4 ? 2 : kStep;
+  template <int N>
+  static constexpr int kAhead = F::kWords == 2 && kTokens < 4 ? 2
+                                : N == 1                      ? 2
+                                                              : 1;
+  static constexpr int kRowBatch = kTokens == 1 ? kStep : 2;
 
   const MatrixProduct& m;
   const PackedWeight& w;
@@ -285,14 +297,16 @@ struct MatrixWarp {
   const int64_t tile, first_row;
   const F format;
   const int groups, group_blocks;
+  const int stride;  // from one of the part's groups to the next
   const float origin;
-  int begin, end;   // blocks
-  int group, last;  // the group in work, and behind its last block
+  int begin, end;  // blocks
+  int group;       // in work
   const uint8_t* codes;
   const uint8_t* rows[kTokens];
   Group now, next;
   Sum sums[kTokens][4] = {};
   float values[kTokens][4] = {};
+  float total[4] = {};  // of parts that take turns
 
   __device__ MatrixWarp(const MatrixProduct& product, int64_t its_tile, int its_part,
                         int64_t its_row)
@@ -305,13 +319,14 @@ struct MatrixWarp {
         format(w, its_tile, lane),
         groups(static_cast<int>(w.layout.groups)),
         group_blocks(static_cast<int>(w.layout.group_blocks)),
+        stride(X::kInOrder && in_turns(product) ? product.parts : 1),
         origin(static_cast<float>(w.origin)) {
     const int blocks = static_cast<int>(w.layout.blocks);
-    const int length = static_cast<int>(padded((blocks + m.parts - 1) / m.parts, kStep));
+    const int share = static_cast<int>(padded((blocks + m.parts - 1) / m.parts, kStep));
+    const int length = stride > 1 ? group_blocks : share;
     begin = part * length < blocks ? part * length : blocks;
-    end = begin + length < blocks ? begin + length : blocks;
+    end = begin + length < blocks && stride == 1 ? begin + length : blocks;
     group = begin / group_blocks;
-    last = (group + 1) * group_blocks;
     codes = w.packed + tile * w.layout.blocks * F::kBlockBytes;
     for (int t = 0; t < kTokens; ++t) {  // rows behind the last one repeat it
       const int64_t row = first_row + t * kRowsAtOnce + lane / 4;
@@ -320,7 +335,7 @@ struct MatrixWarp {
           static_cast<const uint8_t*>(m.x.data) + at * (sizeof(Row) / 8) + lane % 4 * sizeof(Row);
     }
     load_group(group, now);
-    load_group(group + 1, next);
+    load_group(group + stride, next);
   }
 
   __device__ int64_t output() const { return tile * kTileOutputs + lane / 4 * 2; }
@@ -356,19 +371,34 @@ struct MatrixWarp {
     groups == 1 || group_blocks % kStep == 0 ? multiply_in_steps<kStep>() : multiply_in_steps<1>();
   }
 
+  // A step's first block, and the end of its group.
+  struct Step {
+    int first, last;
+  };
+  template <int N>
+  __device__ void advance(Step& step) const {
+    step.first += N;
+    if (step.first < step.last) return;
+    step.first += (stride - 1) * group_blocks;
+    step.last += stride * group_blocks;
+  }
+
   template <int N>
   __device__ void multiply_in_steps() {
-    Lines ahead[kAhead][N] = {};
-    for (int a = 0; a < kAhead; ++a) load_codes(begin + a * N, ahead[a]);
-    for (int first = begin; first < end; first += kAhead * N) {
+    Lines lines_ahead[kAhead<N>][N] = {};
+    Step step{begin, (group + 1) * group_blocks}, ahead = step;
+    for (int a = 0; a < kAhead<N>; ++a, advance<N>(ahead)) load_codes(ahead.first, lines_ahead[a]);
+    while (step.first < end) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kAhead<N>; ++a, advance<N>(ahead), advance<N>(step)) {
         Lines lines[N];
-        memcpy(lines, ahead[a], sizeof(lines));
-        load_codes(first + (kAhead + a) * N, ahead[a]);
-        multiply_step(first + a * N, lines);
+        memcpy(lines, lines_ahead[a], sizeof(lines));
+        load_codes(ahead.first, lines_ahead[a]);
+        multiply_step(step.first, lines);
+        const bool ends = step.first + N >= step.last || step.first + N >= end;
+        if (groups > 1 && step.first < end && ends) end_group();
       }
     }
   }
@@ -384,22 +414,34 @@ struct MatrixWarp {
         for (int t = 0; t < kTokens; ++t) X::multiply(sums[t], weights, x[j][t]);
       }
     }
-    if (groups > 1 && first < end && (first + N >= last || first + N >= end)) end_group();
   }
 
   __device__ void end_group() {
+    const bool first = group == 0 || stride > 1;
     for (int t = 0; t < kTokens; ++t) {
-      add_group(t, sums[t], values[t]);
-      for (int i = 0; i < 4; ++i) sums[t][i] = 0;
+      for (int i = 0; i < 4; ++i) {
+        values[t][i] = now.added(m.product, t, i, sums[t][i], first, values[t][i]);
+        sums[t][i] = 0;
+      }
     }
-    ++group;
-    last += group_blocks;
+    if constexpr (X::kInOrder)
+      if (stride > 1) take_turns();
+    group += stride;
     now = next;
-    load_group(group + 1, next);
+    load_group(group + stride, next);
   }
 
-  __device__ void add_group(int t, const Sum (&sum)[4], float (&value)[4]) const {
-    for (int i = 0; i < 4; ++i) value[i] = now.added(m.product, t, i, sum[i], group == 0, value[i]);
+  // Part t adds the numbers that all parts have from their group for t, in the order of the groups.
+  // Two places serve in turn: none is written before all parts have read what it held.
+  __device__ void take_turns() {
+    const int turn = group / stride, place = turn % 2 * (static_cast<int>(blockDim.x) / kWarpSize);
+    leave(values, place);
+    if (part >= kTokens) return;
+    for (int other = 0; other < stride && turn * stride + other < groups; ++other) {
+      float numbers[4];
+      read(numbers, place - part + other, part);
+      for (int i = 0; i < 4; ++i) total[i] = turn + other == 0 ? numbers[i] : total[i] + numbers[i];
+    }
   }
 
   __device__ void finish(int t, const float (&value)[4]) const {
@@ -410,49 +452,63 @@ struct MatrixWarp {
     }
   }
 
-  // Four numbers of every lane, of a warp and t.
-  __device__ static LineWords<4>& meeting_place(int warp, int t) {
+  // Four numbers of every lane for every t, in shared memory. Places are counted from the warp's.
+  __device__ static LineWords<4>& meeting_place(int place, int t) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     return reinterpret_cast<LineWords<4>*>(
-        warp_buffers)[(warp * kTokens + t) * kWarpSize + warp_lane()];
+        warp_buffers)[((warp + place) * kTokens + t) * kWarpSize + warp_lane()];
+  }
+  template <class N>
+  __device__ static void leave(const N (&own)[kTokens][4], int place) {
+    for (int t = 0; t < kTokens; ++t) {
+      LineWords<4> words;
+      memcpy(&words, own[t], sizeof(words));
+      meeting_place(place, t) = words;
+    }
+    __syncthreads();
+  }
+  template <class N>
+  __device__ static void read(N (&numbers)[4], int place, int t) {
+    const LineWords<4> words = meeting_place(place, t);
+    memcpy(numbers, &words, sizeof(words));
   }
 
   // Numbers of all parts, added in their order; each part does so for its share of the tokens.
   template <class N, class Use>
   __device__ void meet(const N (&own)[kTokens][4], const Use& use) const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-    for (int t = 0; t < kTokens; ++t) {
-      LineWords<4> words;
-      memcpy(&words, own[t], sizeof(words));
-      meeting_place(warp, t) = words;
-    }
-    __syncthreads();
+    leave(own, 0);
     for (int t = part; t < kTokens; t += m.parts) {
-      N total[4];
+      N sum[4];
       for (int other = 0; other < m.parts; ++other) {
-        const LineWords<4> words = meeting_place(warp - part + other, t);
         N numbers[4];
-        memcpy(numbers, &words, sizeof(words));
-        for (int i = 0; i < 4; ++i) total[i] = other == 0 ? numbers[i] : total[i] + numbers[i];
+        read(numbers, other - part, t);
+        for (int i = 0; i < 4; ++i) sum[i] = other == 0 ? numbers[i] : sum[i] + numbers[i];
       }
-      use(t, total);
+      use(t, sum);
     }
   }
 
   __device__ void finish_all() {
-    if (groups > 1)
-      return meet(values, [this](int t, const float (&value)[4]) { finish(t, value); });
-    group = 0;
-    load_group(group, now);  // parts without a block have none
-    meet(sums, [this](int t, const Sum(&sum)[4]) {
-      float value[4] = {};
-      add_group(t, sum, value);
-      finish(t, value);
-    });
+    if (stride > 1) {
+      if (group < static_cast<int>(padded(groups, stride))) take_turns();  // without a group
+      if (part < kTokens) finish(part, total);
+    } else if (groups > 1) {
+      meet(values, [this](int t, const float (&value)[4]) { finish(t, value); });
+    } else {
+      meet(sums, [this](int t, const Sum(&sum)[4]) {
+        typename X::template Group<F, 1> only;
+        only.load(m.product, 0, output(), row_of(t, 0));
+        float value[4];
+        for (int i = 0; i < 4; ++i) value[i] = only.added(m.product, 0, i, sum[i], true, 0.0f);
+        finish(t, value);
+      });
+    }
   }
 };
 
 template <class X, class F, int kTokens>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize) matrix_kernel(const MatrixProduct m) {
+__global__ void __launch_bounds__(most_warps(kTokens) * kWarpSize, 16 / most_warps(kTokens))
+    matrix_kernel(const MatrixProduct m) {
   constexpr int kRows = kTokens * kRowsAtOnce;
   const auto chunks = static_cast<unsigned>((m.product.rows + kRows - 1) / kRows);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -475,11 +531,10 @@ void cut_into_shares(MatrixProduct& m) {
   const int64_t tiles = p.last_tile - p.first_tile;
   m.tokens = p.rows <= kRowsAtOnce ? 1 : p.rows <= 2 * kRowsAtOnce ? 2 : 4;
   const int64_t shares = tiles * chunks_of(m);
-  const int most = m.tokens == 1 ? kMostWarps / 2 : kMostWarps;
-  // Integers of groups become floats in the order of the groups: all in one warp.
-  const bool whole = m.x.type == UnpackType::bytes && p.weight.layout.groups > 1;
   m.parts = 1;
-  while (!whole && m.parts < 8 && shares * m.parts < kWantedWarps) m.parts *= 2;
+  while (m.parts < 8 && shares * m.parts < kWantedWarps) m.parts *= 2;
+  if (in_turns(m)) m.parts = std::max(m.parts, m.tokens);  // each adds up one t
+  const int most = most_warps(in_turns(m) ? 1 : m.tokens);
   m.block_tiles = static_cast<int>(std::clamp<int64_t>(shares / kWantedBlocks, 1, most / m.parts));
 }
 
@@ -491,7 +546,8 @@ void launch_shares(const MatrixProduct& m, void* stream) {
   config.gridDim =
       dim3(static_cast<unsigned>((tiles + m.block_tiles - 1) / m.block_tiles * chunks_of(m)));
   config.blockDim = dim3(static_cast<unsigned>(warps * kWarpSize));
-  config.dynamicSmemBytes = static_cast<size_t>(warps) * kTokens * kWarpSize * 16;
+  const int places = warps * (in_turns(m) ? 2 : 1);
+  config.dynamicSmemBytes = static_cast<size_t>(places) * kTokens * kWarpSize * 16;
   config.stream = static_cast<cudaStream_t>(stream);
   check_cuda("matrix_product", cudaLaunchKernelEx(&config, matrix_kernel<X, F, kTokens>, m));
 }
