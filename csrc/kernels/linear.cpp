@@ -31,8 +31,8 @@ constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
 constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
 constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
-constexpr int64_t kFewRows = 16;                // on CUDA: for more, an unpacked weight pays
-                                                // where no tensor cores take the packed one
+constexpr int64_t kFewRows = 16;      // of float32 on CUDA: for more, an unpacked weight pays
+constexpr int64_t kLongGroup = 2048;  // on CUDA: the BLAS takes a product for each group
 
 // The integer activations of all rows, and the tensors that own their memory.
 struct Activations {
@@ -262,11 +262,22 @@ at::Tensor unpacked(const PackedWeight& weight, const at::TensorOptions& options
   return values;
 }
 
-// Whether tensor cores take the packed weight and 8-bit integers. Many rows of one group are the
-// BLAS's.
-bool takes_tensor_cores(const PackedProduct& p) {
-  return p.narrow != nullptr && p.rows > kWarpRows &&
-         (p.weight.layout.groups > 1 || p.rows <= kFewRows);
+// dots[group] = integers of the group times bytes, by the BLAS.
+void multiply_bytes(const BlockLayout& layout, const at::Tensor& integers,  // [M, blocks * 32]
+                    const at::Tensor& bytes,                                // [N', blocks * 32]
+                    const at::Tensor& dots) {                               // [groups, M, N']
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const int64_t first = g * layout.group_blocks * kBlockInputs;
+    const int64_t count = layout.blocks_of_group(g) * kBlockInputs;
+    at::Tensor out = dots.select(0, g);
+    at::_int_mm_out(out, integers.narrow(1, first, count), bytes.narrow(1, first, count).t());
+  }
+}
+
+// Whether tensor cores take the packed weight and 8-bit integers. The BLAS takes many rows of long
+// groups, with the weight unpacked to bytes.
+bool takes_packed_weight(const PackedProduct& p) {
+  return p.rows <= kMostMatrixRows || p.weight.layout.group_size < kLongGroup;
 }
 
 void multiply_on_tensor_cores(const PackedProduct& p) {
@@ -282,22 +293,24 @@ void multiply_on_tensor_cores(const PackedProduct& p) {
 
 // As many rows at once as the sums of their groups have room.
 void multiply_on_cuda(const PackedProduct& all, const at::Tensor& integers) {
-  if (takes_tensor_cores(all)) return multiply_on_tensor_cores(all);
+  if (all.narrow != nullptr && takes_packed_weight(all)) return multiply_on_tensor_cores(all);
   const BlockLayout& layout = all.weight.layout;
   const int64_t outputs = all.last_tile * kTileOutputs, numbers = layout.groups * outputs;
   const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
   const auto options = integers.options().dtype(at::kInt);
   at::Tensor bytes;
+  if (all.narrow != nullptr) bytes = unpacked(all.weight, integers.options());
   for (int64_t row = 0; row < all.rows; row += step) {
     PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
-    const bool blas =
-        part.rows > kFewRows && part.narrow != nullptr && layout.groups == 1 && layout.columns > 0;
-    part.segments = blas ? 1 : product_segments(part);
-    at::Tensor dots = at::empty({part.segments * layout.groups * part.rows, outputs}, options);
+    if (bytes.defined() && takes_packed_weight(part)) {
+      multiply_on_tensor_cores(part);
+      continue;
+    }
+    part.segments = bytes.defined() ? 1 : product_segments(part);
+    const at::Tensor dots = at::empty({part.segments * layout.groups, part.rows, outputs}, options);
     part.dots = dots.mutable_data_ptr<int32_t>();
-    if (blas) {
-      if (!bytes.defined()) bytes = unpacked(all.weight, integers.options());
-      at::_int_mm_out(dots, integers.narrow(0, row, part.rows), bytes.t());
+    if (bytes.defined()) {
+      multiply_bytes(layout, integers.narrow(0, row, part.rows), bytes, dots);
       TORCHQUANT_LAUNCH(finish_product, part);
     } else {
       TORCHQUANT_LAUNCH(packed_product, part);

@@ -27,9 +27,13 @@ struct MatrixProduct {
   int block_tiles;
 };
 
-// Up to so many float rows the weight becomes floats in registers; for more, in memory.
-constexpr int64_t kMostMatrixRows = 64;
+// For more rows of floats, or of bytes in long groups, an unpacked weight pays.
+constexpr int64_t kMostMatrixRows = 128;
 
 void launch_matrix_product(const MatrixProduct& m, void* stream);
+
+// Of x in that type.
+void launch_matrix_product_float16(const MatrixProduct& m, void* stream);
+void launch_matrix_product_bfloat16(const MatrixProduct& m, void* stream);
 
 }  // namespace torchquant

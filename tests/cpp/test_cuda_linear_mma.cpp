@@ -1,10 +1,11 @@
 // As test_cuda_kernels.cpp, for tensor cores: integers against the scalar tier, to the last bit;
 // halves against float64.
 #ifndef TORCHQUANT_CUDA  // a build with CUDA has the real ones, and tests/cuda
-#include <csrc/kernels/linear_unpack.h>
 #include <gtest/gtest.h>
 
 #include <csrc/kernels/linear_mma.cu>
+#include <csrc/kernels/linear_mma_bfloat16.cu>
+#include <csrc/kernels/linear_mma_float16.cu>
 #include <vector>
 
 #include "cuda_on_host/cuda_runtime.h"

@@ -115,7 +115,7 @@ def test_halves_meet_the_weight_in_registers(place, kind, bits, dtype):
         (packed, grid), options = packed_layer(70, columns, bits, group_size, kind, place)
         weight = weight_of(70, columns, bits, group_size, kind)
         bias = torch.randn(70, generator=random(16)).to(dtype)
-        for rows in (1, 3, 16, 40, 64):
+        for rows in (1, 3, 16, 40, 64, 100):
             x = torch.randn(rows, columns, generator=random(17)).to(dtype)
             residual = torch.randn(rows, 70, generator=random(18)).to(dtype)
             arguments = (x.to(place), packed, grid, bias.to(place))
@@ -140,11 +140,11 @@ def test_halves_to_codes(place, activation):
         assert (here.int() - there.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("rows, columns, group_size", [(100, 700, 0), (100, 700, 32), (100, 700, 128), (150, 2100, 0)])
 @pytest.mark.parametrize("kind, bits", KINDS_AND_BITS)
-def test_many_rows_of_bytes_are_equal(place, kind, bits, group_size):
-    layer = packed_layer(200, 700, bits, group_size, kind)
-    x = torch.randn(100, 700, generator=random(23))
+def test_many_rows_of_bytes_are_equal(place, kind, bits, rows, columns, group_size):
+    layer = packed_layer(200, columns, bits, group_size, kind)
+    x = torch.randn(rows, columns, generator=random(23))
     here, there = on_both(x, layer, place)
     assert_same(there, here)
 
@@ -162,8 +162,8 @@ def test_many_rows_of_floats(place, dtype):
     """Within roundings of the output's dtype and of the CPU's 16-bit integers."""
     for kind, bits in KINDS_AND_BITS:
         layer = packed_layer(70, 200, bits, 48, kind)
-        x = torch.randn(2, 40, 200, generator=random(7)).to(dtype)
-        bias, residual = torch.randn(70, generator=random(8)), torch.randn(2, 40, 70, generator=random(9))
+        x = torch.randn(2, 70, 200, generator=random(7)).to(dtype)
+        bias, residual = torch.randn(70, generator=random(8)), torch.randn(2, 70, 70, generator=random(9))
         here, there = on_both(x, layer, place, bias.to(dtype), input_bits=16, activation="silu", residual=residual)
         assert there.dtype == dtype and there.shape == here.shape
         scale = here.float().abs().max()
