@@ -1,4 +1,5 @@
-// Packed linear layers on CUDA: activations to integers; products of whole warps; sums to outputs.
+// Packed linear layers on CUDA: products of whole warps with 16-bit integers; sums to outputs. Rows
+// of other types are for linear_mma.cuh.
 //
 // A warp reads a tile in pieces of 512 contiguous bytes: lane l takes 16 bytes, the outputs
 // 4 * (l % 4) to 4 * (l % 4) + 3, of line l / 4 of eight (Note [weight tiles] of linear.h). Integer
@@ -51,12 +52,9 @@ struct Format {
   LineWords<4> tables_[kLevels ? kLaneOutputs : 1];
 };
 
-// sum + four products; wide activations lie as inputs 0 2 1 3.
-__device__ inline uint32_t add_narrow(uint32_t sum, uint32_t weights, uint32_t a) {
-  return static_cast<uint32_t>(
-      __dp4a(static_cast<int>(weights), static_cast<int>(a), static_cast<int>(sum)));
-}
-__device__ inline uint32_t add_wide(uint32_t sum, uint32_t weights, uint32_t even, uint32_t odd) {
+// sum + four products; activations lie as inputs 0 2 1 3.
+__device__ inline uint32_t add_products(uint32_t sum, uint32_t weights, uint32_t even,
+                                        uint32_t odd) {
   const int w = static_cast<int>(__byte_perm(weights, 0, 0x3120));
   const int half = __dp2a_lo(static_cast<int>(even), w, static_cast<int>(sum));
   return static_cast<uint32_t>(__dp2a_hi(static_cast<int>(odd), w, half));
@@ -94,10 +92,10 @@ __device__ inline int64_t segment_length(const PackedProduct& p) {
 }
 
 // What a lane reads of its warp's share: `lines` lines of weights and the rows' words beside them.
-template <class F, bool kWide, int kRows>
+template <class F, int kRows>
 struct LaneLines {
-  static constexpr int kWords = F::kSteps * (kWide ? 2 : 1);  // of a row, for a line
-  static constexpr int kInputsOfWord = kWide ? 2 : 4;
+  static constexpr int kWords = F::kSteps * 2;  // of a row, for a line
+  static constexpr int kInputsOfWord = 2;
 
   int lines;
   int bits;
@@ -114,8 +112,7 @@ struct LaneLines {
     bits = static_cast<int>(layout.bits);
     weights = p.weight.packed + (share.tile * layout.blocks + block) * layout.bits * kLine +
               quarter * static_cast<int64_t>(sizeof(LineWords<4>));
-    const auto* const all = kWide ? reinterpret_cast<const uint32_t*>(p.wide)
-                                  : reinterpret_cast<const uint32_t*>(p.narrow);
+    const auto* const all = reinterpret_cast<const uint32_t*>(p.wide);
     for (int r = 0; r < kRows; ++r) {  // rows behind the last one repeat it
       const int64_t row = share.row + r < p.rows ? share.row + r : p.rows - 1;
       rows[r] = all + (row * layout.blocks + block) * (kBlockInputs / kInputsOfWord);
@@ -139,13 +136,8 @@ struct LaneLines {
 
   __device__ static void add_steps(const uint32_t (&bytes)[F::kSteps], const LineWords<kWords>& a,
                                    uint32_t& sum) {
-    for (int s = 0; s < F::kSteps; ++s) {
-      if constexpr (kWide) {
-        sum = add_wide(sum, bytes[s], a.at[2 * s], a.at[2 * s + 1]);
-      } else {
-        sum = add_narrow(sum, bytes[s], a.at[s]);
-      }
-    }
+    for (int s = 0; s < F::kSteps; ++s)
+      sum = add_products(sum, bytes[s], a.at[2 * s], a.at[2 * s + 1]);
   }
 };
 
@@ -181,7 +173,7 @@ __device__ inline int32_t* dots_at(const PackedProduct& p, int64_t segment, int6
   return p.dots + ((segment * p.weight.layout.groups + group) * p.rows + row) * columns_of(p);
 }
 
-template <class F, bool kWide, int kRows>
+template <class F, int kRows>
 __global__ void dots_kernel(const PackedProduct p) {
   constexpr int kSums = kRows * kLaneOutputs, kKept = kSums < kWarpLines ? 1 : kSums / kWarpLines;
   const int64_t shares = shares_of<kRows>(p);
@@ -189,7 +181,7 @@ __global__ void dots_kernel(const PackedProduct p) {
   for (int64_t index = first_row(); index < shares; index += row_step()) {
     const Share share = share_of<kRows>(p, index);
     const F format(p.weight, share.tile, quarter);
-    const LaneLines<F, kWide, kRows> lane(p, share, quarter);
+    const LaneLines<F, kRows> lane(p, share, quarter);
     uint32_t sums[kSums] = {};
 #ifdef __CUDACC__
 #pragma unroll 4
@@ -281,18 +273,12 @@ __global__ void finish_kernel(const PackedProduct p) {
   }
 }
 
-template <class F, bool kWide>
-void launch_dots(const PackedProduct& p, void* stream) {
-  if (p.rows == 1)
-    return launch_rows("packed_product", dots_kernel<F, kWide, 1>, p, shares_of<1>(p), stream);
-  launch_rows("packed_product", dots_kernel<F, kWide, kWarpRows>, p, shares_of<kWarpRows>(p),
-              stream);
-}
-
 template <int kBits, bool kLevels>
 void launch_format(const PackedProduct& p, void* stream) {
   using F = Format<kBits, kLevels>;
-  p.wide != nullptr ? launch_dots<F, true>(p, stream) : launch_dots<F, false>(p, stream);
+  if (p.rows == 1)
+    return launch_rows("packed_product", dots_kernel<F, 1>, p, shares_of<1>(p), stream);
+  launch_rows("packed_product", dots_kernel<F, kWarpRows>, p, shares_of<kWarpRows>(p), stream);
 }
 
 void launch_any_format(const PackedProduct& p, void* stream) {

@@ -238,7 +238,6 @@ int dot(int a, int b, int first_byte, int sum) {
 
 }  // namespace cuda_on_host
 
-inline int __dp4a(int a, int b, int sum) { return cuda_on_host::dot<int8_t, 4>(a, b, 0, sum); }
 inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 0, sum); }
 inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 2, sum); }
 
