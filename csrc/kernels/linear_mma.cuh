@@ -265,7 +265,7 @@ struct MatrixWarp {
   __device__ void meet(const N (&own)[kTokens][4], const Use& use) const {
     leave(own, 0);
     for (int t = part; t < kTokens; t += m.parts) {
-      N sum[4];
+      N sum[4] = {};
       for (int other = 0; other < m.parts; ++other) {
         N numbers[4];
         read(numbers, other - part, t);
