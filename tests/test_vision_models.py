@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchquant
 from torchquant.nn import QAttention
-from torchquant.nn.attention import POINTS
+from torchquant.nn.attention_product import POINTS
 from torchquant.nn.base import QuantizedLayer
 from torchquant.nn.quantizers import ActivationQuantizer
 from torchquant.recipes import erq, is_vit, repq_vit

@@ -14,7 +14,7 @@ from .calibrate import Calibration, logger
 from .collect import Observed, SharingBroken, check_finite, hooked, input_of, observing
 from .config import SOFTMAX, Activations
 from .nn import layout
-from .nn.attention import POINTS
+from .nn.attention_product import POINTS
 from .nn.quantizers import ActivationQuantizer, DynamicQuantizer, TableQuantizer, UniformQuantizer
 from .quantizers.sulq import sulq_fit
 from .reparameterize import Norm, NormTrace, tracing_norms

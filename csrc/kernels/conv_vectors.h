@@ -3,6 +3,7 @@
 #pragma once
 #include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear_float.h>
+#include <csrc/kernels/reciprocal.h>
 
 #if defined(__AVX512BW__)
 // g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
@@ -138,28 +139,18 @@ struct GridIntegers {
   const IntegerGrid grid;
 };
 
-// Note [division by products]: a division takes as long as all the rest. Here x times 1 / scale in
-// twice the precision, which is less than a unit in the last place off, is corrected by its exact
-// remainder: then it is rounded as a division is (Markstein 1990). Large x, whose codes are all
-// the largest, are cut, and scales near the ends of the range of floats do divide: otherwise
-// remainders could get lost.
+// The same with quotients by products: Note [division by products] in reciprocal.h.
 #if defined(__AVX2__)
 struct GridIntegersByProducts : GridIntegers {
   explicit GridIntegersByProducts(const IntegerGrid& grid)
-      : GridIntegers(grid),
-        inverse(1.0f / grid.scale),
-        rest(__builtin_fmaf(-inverse, grid.scale, 1.0f) * inverse),
-        limit(0x1p30f * grid.scale) {}
-
-  static bool works(const IntegerGrid& grid) {
-    return grid.scale > 0x1p-60f && grid.scale < 0x1p60f && absolute(grid.zero_point) < 0x1p20f;
-  }
+      : GridIntegers(grid), reciprocal(grid.scale) {}
 
   inline __attribute__((always_inline)) Ints operator()(Floats x) const {
-    x = smaller(x, Floats{} + limit);
-    const Floats quotient = fused(x, Floats{} + inverse, x * rest);
+    x = smaller(Floats{} + reciprocal.limit, x);
+    const Floats high = Floats{} + reciprocal.high;
+    const Floats quotient = fused(x, high, x * reciprocal.low);
     const Floats remainder = fused(-quotient, Floats{} + grid.scale, x);
-    return of_quotient(fused(remainder, Floats{} + inverse, quotient));
+    return of_quotient(fused(remainder, high, quotient));
   }
 
   static inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
@@ -170,7 +161,7 @@ struct GridIntegersByProducts : GridIntegers {
 #endif
   }
 
-  const float inverse, rest, limit;
+  const Reciprocal reciprocal;
 };
 #endif
 
@@ -180,7 +171,7 @@ inline __attribute__((always_inline)) void with_integers(const IntegerGrid& grid
                                                          const Visit& visit) {
   if (grid.scale == 0.0f) return visit(SymmetricIntegers(grid));
 #if defined(__AVX2__)
-  if (GridIntegersByProducts::works(grid)) return visit(GridIntegersByProducts(grid));
+  if (Reciprocal::serves({grid.scale, grid.zero_point})) return visit(GridIntegersByProducts(grid));
 #endif
   visit(GridIntegers(grid));
 }

@@ -1,12 +1,14 @@
 // y = x W^T + b with packed low-bit weights and integer activations:
 //
-//   y[m, n] = a_scale[m] * (sum_g scale[g, n] * (D[m, n, g] + offset[g, n] * S[m, g]) - a_zero[m] *
-//   sum[n]) + bias[n] D[m, n, g] = sum_k (u[n, k] - origin) * a[m, k], exact in int32     S[m, g] =
-//   sum_k a[m, k]     (k in group g)
+//   y[m, n] = a_scale[m] * (sum_g scale[g, n] * (D[m, n, g] + offset[g, n] * S[m, g])
+//                           - a_zero[m] * sum[n]) + bias[n]
+//
+//   D[m, n, g] = sum_k (u[n, k] - origin) * a[m, k]    exact in int32; k in group g
+//   S[m, g] = sum_k a[m, k]
 //
 // u is the weight's code, or its level + 128 where codes index a table. Floats enter only after D,
-// in one order and without fused multiply-add, so every tier and every number of threads gives the
-// same bits.
+// in one order and with fused multiply-adds only where they are written, so every tier and every
+// number of threads gives the same bits.
 //
 // Note [weight tiles]: 16 outputs x 32 inputs are a block. Its codes are eight vectors V[0..7] of
 // 64 bytes, byte 4 * o + j of V[s] being input 4 * s + j of output o: what one 64-byte (two

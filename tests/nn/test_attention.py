@@ -11,7 +11,8 @@ from nn.attention_models import MODELS, build, library, output
 from torch import nn
 
 from torchquant.nn import QAttention, rewrite_attention
-from torchquant.nn.attention import POINTS, QFunctionalAttention, QMultiheadAttention
+from torchquant.nn.attention import QFunctionalAttention, QMultiheadAttention
+from torchquant.nn.attention_product import POINTS
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import write_atomically
 from ..nn import QuantizedLayer, rewrite_attention, swap_modules
-from ..nn.attention import POINTS
+from ..nn.attention_product import POINTS
 from ..nn.mlp import fuse_mlps
 from ..nn.quantizers import ActivationQuantizer, quantizer_from
 from ..nn.rewrite import REWRITTEN

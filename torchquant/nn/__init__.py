@@ -1,6 +1,6 @@
 """Layers that hold low-bit weights and take the place of their float counterparts."""
 
-from .attention import QAttention
+from .attention_product import QAttention
 from .base import QuantizedLayer
 from .conv import QConv1d, QConv2d, QConv3d, QConvTranspose2d
 from .linear import QLinear

@@ -19,6 +19,11 @@ def gradient_wanted(x: Tensor) -> bool:
     return wanted
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody observes what goes into or out of ``module``."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) > 0
+
+
 class QuantizedLayer(nn.Module):
     """Buffers only, named as compressed-tensors names them.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import hooked
+from .base import hooked
 from .linear import QLinear
 from .rewrite import same_function
 from .swap import swap_modules

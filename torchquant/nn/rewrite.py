@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention import (
-    QAttention,
     QFunctionalAttention,
     QMultiheadAttention,
     QSelfAttention,
     QShiftedWindowAttention,
     QWindowAttention,
 )
+from .attention_product import QAttention
 from .swap import swap_modules
 
 TOLERANCE = 1e-4  # relative to the largest output, of a trial on random tokens

@@ -1,0 +1,152 @@
+"""The two matrix products of attention, with a place for a quantizer at every operand."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import gradient_wanted, hooked
+from .quantizers import TableQuantizer, UniformQuantizer
+
+POINTS = ("query", "key", "value", "softmax")
+
+
+class QAttention(nn.Module):
+    """``softmax(query(q) key(k)^T scale + mask) value(v)``; the softmax's output passes through ``softmax``.
+
+    ``query``, ``key``, ``value`` and ``softmax`` are nn.Identity until quantizers take their places. Where nobody needs
+    the weights, one operator computes everything behind ``query``, ``key`` and ``value``: see :meth:`fits`; and these
+    too, with integer products, where they are uniform: see :meth:`on_grids`.
+    """
+
+    if TYPE_CHECKING:  # points hold what no common class describes
+        query: Any
+        key: Any
+        value: Any
+        softmax: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Identity()
+        self.key = nn.Identity()
+        self.value = nn.Identity()
+        self.softmax = nn.Identity()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments as for ``F.scaled_dot_product_attention``; returns the output and the softmax's (quantized) output.
+
+        A boolean ``mask`` says who takes part. A row in which nobody does gives zeros. Without ``need_weights`` the
+        second may be None.
+        """
+        mask = None if is_causal else mask
+        if not need_weights and dropout == 0 and self.on_grids() and self.fits(q, k, v, mask):
+            return self.fused(q, k, v, mask, scale, is_causal, True), None
+        q, k = self.query(q), self.key(k)
+        if not need_weights and dropout == 0 and self.fits(q, k, v, mask):
+            return self.fused(q, k, self.value(v), mask, scale, is_causal, False), None
+        factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+        scores = torch.matmul(q, k.transpose(-2, -1)) * factor
+        if is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            infinity = float("inf")
+            scores = scores.masked_fill(~mask, -infinity) if mask.dtype == torch.bool else scores + mask
+            empty = scores.amax(-1, keepdim=True) == -infinity
+            weights = scores.softmax(-1).masked_fill(empty, 0.0)
+        else:
+            weights = scores.softmax(-1)
+        weights = self.softmax(weights)
+        mixed = torch.matmul(F.dropout(weights, dropout, training=dropout > 0), self.value(v))
+        return mixed, weights
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether ``fused`` can take over: a table or one grid for the softmax that nobody observes, float32 on the
+        CPU, no gradient."""
+        softmax = self.softmax
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
+            if type(softmax) not in FUSED or hooked(softmax):
+                return False
+        if not (takes(q) and takes(k) and takes(v)) or (
+            mask is not None and (gradient_wanted(mask) or (mask.dtype != torch.bool and mask.dtype != torch.float32))
+        ):
+            return False
+        if hasattr(softmax, "zero_point"):
+            return softmax.zero_point.numel() == 1
+        return hasattr(softmax, "thresholds")
+
+    def on_grids(self) -> bool:
+        """Whether q, k and v have one uniform grid each and nobody observes their quantizers."""
+        q, k, v = self.query, self.key, self.value
+        if not torch.jit.is_scripting():
+            for point in (q, k, v):
+                if type(point) is not UniformQuantizer or hooked(point):
+                    return False
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
+            return q.is_integer() and k.is_integer() and v.is_integer()
+        return False
+
+    def code_grids(self) -> Tensor | None:
+        """The scales of q, k and v, then their zero points, where ``on_grids()`` and they have as many bits."""
+        q, k, v = self.query, self.key, self.value
+        # TorchScript compiles what hasattr holds for.
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):  # noqa: SIM102
+            if self.on_grids() and q.bits == k.bits and q.bits == v.bits:
+                numbers = [q.scale, k.scale, v.scale, q.zero_point, k.zero_point, v.zero_point]
+                return torch.cat([number.view(1) for number in numbers])
+        return None
+
+    def fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+        grids: bool,
+        output_scale: Tensor | None = None,
+        output_zero_point: Tensor | None = None,
+        output_bits: int = 8,
+    ) -> Tensor:
+        """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``; with ``grids`` also with
+        those at ``query``, ``key`` and ``value``."""
+        none: Tensor | None = None
+        table, grid, bits = [none, none, none], [none, none], [8, 8, 8, 8]
+        query, key, value = [none, none], [none, none], [none, none]
+        softmax, of_query, of_key, of_value = self.softmax, self.query, self.key, self.value
+        # TorchScript compiles a branch whose hasattr holds, and passes over the others.
+        if hasattr(softmax, "zero_point"):
+            grid[0], grid[1], bits[3] = softmax.scale, softmax.zero_point, softmax.bits
+        elif hasattr(softmax, "thresholds"):
+            table[0], table[1], table[2] = softmax.thresholds, softmax.exponents, softmax.eta
+        if hasattr(of_query, "zero_point") and grids:
+            query[0], query[1], bits[0] = of_query.scale, of_query.zero_point, of_query.bits
+        if hasattr(of_key, "zero_point") and grids:
+            key[0], key[1], bits[1] = of_key.scale, of_key.zero_point, of_key.bits
+        if hasattr(of_value, "zero_point") and grids:
+            value[0], value[1], bits[2] = of_value.scale, of_value.zero_point, of_value.bits
+        return torch.ops.torchquant.quantized_attention(
+            q, k, v, mask, thresholds=table[0], exponents=table[1], eta=table[2], softmax_scale=grid[0],
+            softmax_zero_point=grid[1], softmax_bits=bits[3], scale=scale, is_causal=is_causal, query_scale=query[0],
+            query_zero_point=query[1], query_bits=bits[0], key_scale=key[0], key_zero_point=key[1], key_bits=bits[1],
+            value_scale=value[0], value_zero_point=value[1], value_bits=bits[2], output_scale=output_scale,
+            output_zero_point=output_zero_point, output_bits=output_bits,
+        )  # fmt: skip
+
+
+def takes(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and not gradient_wanted(x)
+
+
+FUSED = (TableQuantizer, UniformQuantizer)
