@@ -1,6 +1,6 @@
-// How every CUDA leaf starts: one warp a row, a few warps a block, any number of rows. Warps share
-// nothing, so kernels need no
-// __syncthreads; a block's only purpose is to fill an SM.
+// How CUDA leaves start: one warp a row, a few warps a block, any number of rows. Warps share
+// nothing, so kernels need no __syncthreads; a block's only purpose is to fill an SM. (Tensor cores
+// are started by kernels/linear_mma.cuh, with blocks that share.)
 #pragma once
 #include <cuda_runtime.h>
 

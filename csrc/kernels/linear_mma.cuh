@@ -7,6 +7,8 @@
 // Note [shares of a matrix product]: a warp takes one tile and 8 * tokens rows over one of `parts`
 // parts of the inputs. A thread block holds the parts of `block_tiles` tiles: its warps read the
 // same rows, from L1, and meet in shared memory at the end, where parts are added in their order.
+// Integers of several groups become floats group after group, as on the CPU: there parts take whole
+// groups in turn, and meet after every turn.
 #pragma once
 #include <algorithm>
 #include <csrc/kernels/linear_mma_rows.cuh>
@@ -234,8 +236,7 @@ struct MatrixWarp {
   __device__ void finish(int t, const float (&value)[4]) const {
     for (int i = 0; i < 4; ++i) {
       const int64_t row = row_of(t, i), at = output() + i / 2;
-      if (row < m.product.rows && at < w.outputs && tile < m.product.last_tile)
-        finish_output(m, row, at, value[i]);
+      if (row < m.product.rows && at < w.outputs) finish_output(m, row, at, value[i]);
     }
   }
 
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(most_warps(kTokens) * kWarpSize, 16 / most_war
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t tile =
       m.product.first_tile + int64_t{blockIdx.x / chunks} * m.block_tiles + warp / m.parts;
-  // A warp without a tile repeats the last one and stores nothing.
+  // A warp without a tile repeats the last one, and stores the same.
   MatrixWarp<X, F, kTokens> share(m, tile < m.product.last_tile ? tile : m.product.last_tile - 1,
                                   warp % m.parts, int64_t{blockIdx.x % chunks} * kRows);
   share.multiply();

@@ -178,8 +178,9 @@ def test_rows_that_are_not_finite_give_nan(place):
     grids = {"input_scale": torch.tensor(0.1, device=place), "input_zero_point": torch.tensor(128.0, device=place)}
     for more in ({}, {"input_bits": 16}, grids):
         options = {**options, "levels": None}
-        got = quantized_linear(x.to(place), packed.to(place), grid.to(place), **options, **more)
-        assert torch.isnan(got[1]).all() and torch.isfinite(got[[0, 2]]).all()
+        for dtype in FLOAT_TYPES:
+            got = quantized_linear(x.to(place, dtype), packed.to(place), grid.to(place), **options, **more)
+            assert torch.isnan(got[1]).all() and torch.isfinite(got[[0, 2]]).all()
 
 
 def test_a_product_can_be_captured_in_a_graph(place):

@@ -225,11 +225,10 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
 
 namespace cuda_on_host {
 
-template <class A, int kCount>
-int dot(int a, int b, int first_byte, int sum) {
+inline int dot_of_two(int a, int b, int first_byte, int sum) {
   auto total = static_cast<uint32_t>(sum);
-  for (int i = 0; i < kCount; ++i) {
-    const int x = static_cast<A>(static_cast<uint32_t>(a) >> (8 * sizeof(A) * i));
+  for (int i = 0; i < 2; ++i) {
+    const int x = static_cast<int16_t>(static_cast<uint32_t>(a) >> (16 * i));
     const int y = static_cast<int8_t>(static_cast<uint32_t>(b) >> (8 * (first_byte + i)));
     total += static_cast<uint32_t>(x * y);
   }
@@ -238,8 +237,8 @@ int dot(int a, int b, int first_byte, int sum) {
 
 }  // namespace cuda_on_host
 
-inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 0, sum); }
-inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot<int16_t, 2>(a, b, 2, sum); }
+inline int __dp2a_lo(int a, int b, int sum) { return cuda_on_host::dot_of_two(a, b, 0, sum); }
+inline int __dp2a_hi(int a, int b, int sum) { return cuda_on_host::dot_of_two(a, b, 2, sum); }
 
 // csrc/core/mma.cuh.
 namespace cuda_on_host {
