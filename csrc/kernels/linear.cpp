@@ -1,12 +1,7 @@
 // Packed low-bit linear layers: y = x W^T + b with integer activations (see linear.h).
 #include <csrc/kernels/linear.h>
 
-#include <ATen/ops/_int_mm.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <csrc/core/check.h>
@@ -14,7 +9,7 @@
 #include <csrc/core/parallel.h>
 #include <csrc/kernels/code_grid.h>
 #include <csrc/kernels/integer_input.h>
-#include <csrc/kernels/linear_mma.h>
+#include <csrc/kernels/linear_cuda.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
@@ -30,9 +25,6 @@ namespace {
 constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kQuantizeElements = 1 << 14;  // of a task
 constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
-constexpr int64_t kDots = 1 << 24;              // int32 sums between CUDA kernels: 64 MB
-constexpr int64_t kFewRows = 16;      // of float32 on CUDA: for more, an unpacked weight pays
-constexpr int64_t kLongGroup = 2048;  // on CUDA: the BLAS takes a product for each group
 
 // The integer activations of all rows, and the tensors that own their memory.
 struct Activations {
@@ -206,22 +198,6 @@ at::Tensor OutputGrid::codes_of(const at::Tensor& values) const {
   return x.clamp_(0, max_code_of(bits_)).nan_to_num_(0).round_().to(at::kByte);
 }
 
-PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t count) {
-  const BlockLayout& layout = all.weight.layout;
-  const int64_t depth = layout.blocks * kBlockInputs;
-  PackedProduct part = all;
-  part.rows = count;
-  if (part.narrow != nullptr) part.narrow += first * depth;
-  if (part.wide != nullptr) part.wide += first * depth;
-  part.sums += first * layout.groups;
-  part.a_scale += first;
-  if (part.a_zero != nullptr) part.a_zero += first;
-  if (part.residual != nullptr) part.residual += first * all.weight.outputs;
-  if (part.out != nullptr) part.out += first * all.weight.outputs;
-  if (part.codes != nullptr) part.codes += first * all.weight.outputs;
-  return part;
-}
-
 // Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
 void multiply(const PackedProduct& all) {
   const int64_t depth = all.weight.layout.blocks * kBlockInputs;
@@ -244,153 +220,11 @@ void multiply(const PackedProduct& all) {
   });
 }
 
-// The weight as values [N, K] in a float dtype, or as bytes [tiles * 16, blocks * 32] in int8.
-at::Tensor unpacked(const PackedWeight& weight, const at::TensorOptions& options) {
-  const auto type = options.dtype().toScalarType();
-  const int64_t tiles = (weight.outputs + kTileOutputs - 1) / kTileOutputs;
-  const at::Tensor values =
-      type == at::kChar
-          ? at::empty({tiles * kTileOutputs, weight.layout.blocks * kBlockInputs}, options)
-          : at::empty({weight.outputs, weight.layout.columns}, options);
-  const UnpackWeight work{weight, 0, tiles,
-                          type == at::kFloat  ? UnpackType::float32
-                          : type == at::kHalf ? UnpackType::float16
-                          : type == at::kChar ? UnpackType::bytes
-                                              : UnpackType::bfloat16,
-                          values.mutable_data_ptr()};
-  if (values.numel() > 0) TORCHQUANT_RUN(unpack_weight, values, work);
-  return values;
-}
-
-// dots[group] = integers of the group times bytes, by the BLAS.
-void multiply_bytes(const BlockLayout& layout, const at::Tensor& integers,  // [M, blocks * 32]
-                    const at::Tensor& bytes,                                // [N', blocks * 32]
-                    const at::Tensor& dots) {                               // [groups, M, N']
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t first = g * layout.group_blocks * kBlockInputs;
-    const int64_t count = layout.blocks_of_group(g) * kBlockInputs;
-    at::Tensor out = dots.select(0, g);
-    at::_int_mm_out(out, integers.narrow(1, first, count), bytes.narrow(1, first, count).t());
-  }
-}
-
-// Whether tensor cores take the packed weight and 8-bit integers. The BLAS takes many rows of long
-// groups, with the weight unpacked to bytes.
-bool takes_packed_weight(const PackedProduct& p) {
-  return p.rows <= kMostMatrixRows || p.weight.layout.group_size < kLongGroup;
-}
-
-void multiply_on_tensor_cores(const PackedProduct& p) {
-  MatrixProduct m{};
-  m.product = p;
-  m.x = {p.narrow, UnpackType::bytes};
-  m.row_inputs = p.weight.layout.blocks * kBlockInputs;
-  m.bias = {p.bias, UnpackType::float32};
-  m.residual = {p.residual, UnpackType::float32};
-  m.out = {p.out, UnpackType::float32};
-  TORCHQUANT_LAUNCH(matrix_product, m);
-}
-
-// As many rows at once as the sums of their groups have room.
-void multiply_on_cuda(const PackedProduct& all, const at::Tensor& integers) {
-  if (all.narrow != nullptr && takes_packed_weight(all)) return multiply_on_tensor_cores(all);
-  const BlockLayout& layout = all.weight.layout;
-  const int64_t outputs = all.last_tile * kTileOutputs, numbers = layout.groups * outputs;
-  const int64_t step = std::max(kDots / std::max<int64_t>(numbers, 1), kWarpRows);
-  const auto options = integers.options().dtype(at::kInt);
-  at::Tensor bytes;
-  if (all.narrow != nullptr) bytes = unpacked(all.weight, integers.options());
-  for (int64_t row = 0; row < all.rows; row += step) {
-    PackedProduct part = rows_of(all, row, std::min(step, all.rows - row));
-    if (bytes.defined() && takes_packed_weight(part)) {
-      multiply_on_tensor_cores(part);
-      continue;
-    }
-    part.segments = bytes.defined() ? 1 : product_segments(part);
-    const at::Tensor dots = at::empty({part.segments * layout.groups, part.rows, outputs}, options);
-    part.dots = dots.mutable_data_ptr<int32_t>();
-    if (bytes.defined()) {
-      multiply_bytes(layout, integers.narrow(0, row, part.rows), bytes, dots);
-      TORCHQUANT_LAUNCH(finish_product, part);
-    } else {
-      TORCHQUANT_LAUNCH(packed_product, part);
-    }
-  }
-}
-
 at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
   int64_t count = 1;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) count *= tensor.size(d);
   const at::Tensor rows = tensor.reshape({count, columns});
   return keep_type ? rows.contiguous() : rows.to(at::kFloat).contiguous();
-}
-
-// float x times the weight in its dtype, for CUDA.
-at::Tensor linear_in_floats(const at::Tensor& x, const PackedWeight& weight,
-                            const std::optional<at::Tensor>& bias, Epilogue epilogue,
-                            const std::optional<at::Tensor>& residual) {
-  std::optional<at::Tensor> own_bias;
-  if (bias.has_value()) own_bias = bias->to(x.scalar_type());
-  at::Tensor y = at::linear(x, unpacked(weight, x.options().requires_grad(false)), own_bias);
-  if (epilogue == Epilogue::gelu) y = at::gelu(y.to(at::kFloat));
-  if (epilogue == Epilogue::silu) y = at::silu(y.to(at::kFloat));
-  if (residual.has_value()) y = y.to(at::kFloat).add(residual->to(at::kFloat));
-  return y.to(x.scalar_type());
-}
-
-// Rows of floats as the blocks of a weight ask for them: every group padded to whole ones.
-at::Tensor rows_of_blocks(const at::Tensor& rows, const BlockLayout& layout) {
-  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
-  const int64_t count = rows.size(0), group = layout.group_blocks * kBlockInputs;
-  if (layout.columns == layout.blocks * kBlockInputs) return aligned ? rows : rows.clone();
-  const int64_t whole = layout.groups * layout.group_size;
-  const at::Tensor groups = at::constant_pad_nd(rows, {0, whole - layout.columns})
-                                .view({count, layout.groups, layout.group_size});
-  return at::constant_pad_nd(groups, {0, group - layout.group_size})
-      .view({count, layout.groups * group});
-}
-
-UnpackType unpack_type(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kHalf:
-      return UnpackType::float16;
-    case at::kBFloat16:
-      return UnpackType::bfloat16;
-    default:
-      return UnpackType::float32;
-  }
-}
-
-// A few rows of float16 or bfloat16 times a weight that becomes floats in registers, for CUDA.
-at::Tensor matrix_product_in_floats(const at::Tensor& x, const PackedWeight& weight,
-                                    const std::optional<at::Tensor>& bias, Epilogue epilogue,
-                                    const std::optional<at::Tensor>& residual,
-                                    const OutputGrid& output) {
-  const auto options = x.options().requires_grad(false);
-  const at::Tensor rows = rows_of_blocks(as_rows(x, weight.layout.columns, true), weight.layout);
-  const at::Tensor out = at::empty({rows.size(0), weight.outputs},
-                                   output.given() ? options.dtype(at::kByte) : options);
-  std::vector<at::Tensor> owned;
-  const auto typed = [&](const at::Tensor& tensor) {
-    const bool known = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
-    owned.push_back(known ? tensor.contiguous() : tensor.to(at::kFloat).contiguous());
-    return TypedArray{owned.back().const_data_ptr(), unpack_type(owned.back())};
-  };
-  MatrixProduct m{};
-  m.product.weight = weight;
-  m.product.last_tile = (weight.outputs + kTileOutputs - 1) / kTileOutputs;
-  m.product.rows = rows.size(0);
-  m.product.epilogue = epilogue;
-  m.x = {rows.const_data_ptr(), unpack_type(rows)};
-  m.row_inputs = rows.size(1);
-  if (bias.has_value()) m.bias = typed(*bias);
-  if (residual.has_value()) m.residual = typed(*residual);
-  if (output.given())
-    output.apply_to(m.product, out);
-  else
-    m.out = {out.mutable_data_ptr(), unpack_type(out)};
-  if (out.numel() > 0) TORCHQUANT_LAUNCH(matrix_product, m);
-  return out;
 }
 
 at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
@@ -419,26 +253,29 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const OutputGrid output(x, out_features, output_scale, output_zero_point, output_bits);
   const bool codes = x.scalar_type() == at::kByte;
   const int64_t count = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
-  if (x.is_cuda() && input.dynamic() && input_bits == 16) {
-    const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-    if (half && count <= kMostMatrixRows)
-      return matrix_product_in_floats(x, weight.view(), bias, epilogue, residual, output)
-          .view(shape);
-    if (count > kFewRows) {
-      const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
-      return output.given() ? output.codes_of(y) : y;
-    }
+  const bool floats = x.is_cuda() && input.dynamic() && input_bits == 16 && takes_floats(x, count);
+  if (floats && !takes_packed_weight(x, count)) {
+    const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
+    return output.given() ? output.codes_of(y) : y;
   }
-  const at::Tensor rows = as_rows(x, in_features, codes);
+  const at::Tensor rows = as_rows(x, in_features, codes || floats);
+  const auto type = output.given() ? at::kByte : floats ? x.scalar_type() : at::kFloat;
   const at::Tensor out =
-      at::empty({count, out_features},
-                x.options().dtype(output.given() ? at::kByte : at::kFloat).requires_grad(false));
-  const Activations a = quantize_activations(rows, input, weight.view().layout,
-                                             input_bits == 16 || weight.needs_wide());
+      at::empty({count, out_features}, x.options().dtype(type).requires_grad(false));
   PackedProduct product{};
   product.weight = weight.view();
   product.last_tile = (out_features + kTileOutputs - 1) / kTileOutputs;
   product.rows = count;
+  product.epilogue = epilogue;
+  product.tier = cpu_tier();
+  if (output.given()) output.apply_to(product, out);
+  if (floats) {
+    if (out.numel() > 0) multiply_floats(product, rows, bias, residual, out);
+    return out.view(shape);
+  }
+  if (!output.given()) product.out = out.mutable_data_ptr<float>();
+  const Activations a = quantize_activations(rows, input, weight.view().layout,
+                                             input_bits == 16 || weight.needs_wide());
   if (a.integers.scalar_type() == at::kShort)
     product.wide = a.integers.const_data_ptr<int16_t>();
   else
@@ -455,12 +292,6 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
     own_residual = as_rows(*residual, out_features, false);
     product.residual = own_residual.const_data_ptr<float>();
   }
-  product.epilogue = epilogue;
-  product.tier = cpu_tier();
-  if (output.given())
-    output.apply_to(product, out);
-  else
-    product.out = out.mutable_data_ptr<float>();
   if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, a.integers) : multiply(product);
   const at::Tensor y = out.view(shape);
   return codes || output.given() ? y : y.to(x.scalar_type());
