@@ -17,7 +17,7 @@ float warp_buffers[cuda_on_host::kSharedBytes / sizeof(float)];
 
 namespace {
 
-void multiply_integers(const PackedProduct& p) {
+MatrixProduct product_of(const PackedProduct& p) {
   MatrixProduct m{};
   m.product = p;
   m.x = {p.narrow, UnpackType::bytes};
@@ -25,8 +25,10 @@ void multiply_integers(const PackedProduct& p) {
   m.bias = {p.bias, UnpackType::float32};
   m.residual = {p.residual, UnpackType::float32};
   m.out = {p.out, UnpackType::float32};
-  launch_matrix_product(m, nullptr);
+  return m;
 }
+
+void multiply_integers(const PackedProduct& p) { launch_matrix_product(product_of(p), nullptr); }
 
 TEST(CudaLinearMma, Integers) {
   for (LinearCase c : linear_cases(100, {1, 5, 8, 9, 17, 40})) {
@@ -38,6 +40,40 @@ TEST(CudaLinearMma, Integers) {
       reference.multiply(scalar::packed_product, first_tile);
       problem.multiply(multiply_integers, first_tile);
       EXPECT_TRUE(problem.same_outputs(reference)) << c;
+    }
+  }
+}
+
+// However a product is cut into shares.
+MatrixProduct shares_wanted;
+void multiply_in_shares(const PackedProduct& p) {
+  MatrixProduct m = product_of(p);
+  m.tokens = shares_wanted.tokens;
+  m.parts = shares_wanted.parts;
+  m.block_tiles = shares_wanted.block_tiles;
+  launch_format<Integers, MatrixFormat<4, CodeKind::plain>>(m, nullptr);
+}
+
+TEST(CudaLinearMma, Shares) {
+  for (const int64_t group_size : {0, 32, 128}) {
+    const LinearCase c{
+        37, 70, 600, 4, group_size, Kind::offset, Input::grid, false, Epilogue::none, true};
+    LinearProblem problem(c), reference(c);
+    problem.quantize(scalar::quantize_rows), reference.quantize(scalar::quantize_rows);
+    reference.multiply(scalar::packed_product);
+    for (const int tokens : {1, 2, 4}) {
+      for (const int parts : {1, 4, 8}) {
+        for (const int block_tiles : {1, 2}) {
+          shares_wanted.tokens = tokens;
+          shares_wanted.parts = parts;
+          shares_wanted.block_tiles = block_tiles;
+          cuda_on_host::reversed = block_tiles == 2;
+          if (parts * block_tiles > most_warps(1)) continue;
+          problem.multiply(multiply_in_shares);
+          EXPECT_TRUE(problem.same_outputs(reference))
+              << tokens << " tokens, " << parts << " parts, " << block_tiles << " tiles, " << c;
+        }
+      }
     }
   }
 }
