@@ -13,6 +13,7 @@ from .config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme
 from .fold import fold_batch_norm_
 from .formats import export, load, save
 from .memory import estimate_memory
+from .pass_codes import pass_codes_
 from .quantize import collect_statistics, quantize_
 from .quantizers import (
     LogQuantizer,
@@ -97,6 +98,7 @@ __all__ = [
     "magr_preprocess",
     "new_histogram",
     "nn",
+    "pass_codes_",
     "quantization_error",
     "quantize_",
     "quantizers",

@@ -5,15 +5,12 @@ channel, which the layer's own weight and bias absorb: ``W' = g W``, ``b' = g (b
 1712.05877).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .calibrate import tensors_of
+from .dataflow import outputs_of, watch
 from .nn.swap import swap_modules, unchanged_on_error
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,81 +37,31 @@ def fold_batch_norm_(model: nn.Module, example: Any) -> list[str]:
     if model.training:
         raise ValueError("fold_batch_norm_: the model must be in evaluation mode, got training mode")
     names = {module: name for name, module in model.named_modules()}
-
-    def call() -> list[Tensor]:
-        if isinstance(example, dict):
-            return list(tensors_of(model(**example)))
-        return list(tensors_of(model(*example) if isinstance(example, tuple) else model(example)))
-
     with torch.no_grad(), unchanged_on_error(model):
-        pairs, before = followed(model, call)
+        pairs, before = followed(model, example)
         for layer, norm in pairs:
             fold(layer, norm)
         swap_modules(model, {norm: nn.Identity() for _, norm in pairs})
-        for wanted, got in zip(before, call(), strict=True):
+        for wanted, got in zip(before, outputs_of(model, example), strict=True):
             if wanted.numel() > 0 and (got - wanted).abs().max() > TOLERANCE * wanted.abs().max():
                 raise ValueError("fold_batch_norm_: the model computes something else when its BatchNorms are folded")
     return [names[norm] for _, norm in pairs]
 
 
-def followed(model: nn.Module, call: Callable[[], list[Tensor]]) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
-    """Layers and the BatchNorms that alone read their outputs, and the model's outputs."""
+def followed(model: nn.Module, example: Any) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
+    """Layers and the BatchNorms that alone read their outputs, in the order of the BatchNorms, and the model's
+    outputs."""
     owners = [id(parameter) for module in model.modules() for parameter in module._parameters.values()]
     layers = [m for m in model.modules() if type(m) in LAYERS and owners.count(id(m.weight)) == 1]
     norms = [m for m in model.modules() if type(m) in NORMS and m.running_mean is not None]
-    watch = Watch()
-    with watch.on(layers, norms), watch:
-        outputs = call()
+    flow = watch([*layers, *norms], lambda: outputs_of(model, example))
     pairs = []
-    for norm, inputs in watch.inputs.items():
-        found = [layer for layer, made in watch.outputs.items() if any(x is inputs[0] for x in made)]
-        if (
-            len(inputs) == 1
-            and len(found) == 1
-            and len(watch.outputs[found[0]]) == 1
-            and id(inputs[0]) not in watch.used
-        ):
-            pairs.append((found[0], norm))
-    return pairs, outputs
-
-
-class Watch(TorchFunctionMode):
-    """Outputs of layers, inputs of BatchNorms, and which of these tensors something else reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outputs: dict[nn.Module, list[Tensor]] = {}
-        self.inputs: dict[nn.Module, list[Tensor]] = {}
-        self.made: set[int] = set()  # of outputs, which are kept: nothing else can have their ids
-        self.used: set[int] = set()
-        self.inside = 0
-
-    @contextmanager
-    def on(self, layers: list[nn.Module], norms: list[nn.Module]) -> Iterator[None]:
-        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs.setdefault(module, []).append(args[0])
-            self.inside += 1
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self.inside -= 1
-
-        def made(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.outputs.setdefault(module, []).append(output)
-            self.made.add(id(output))
-
-        handles = [layer.register_forward_hook(made) for layer in layers]
-        for norm in norms:
-            handles += [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.inside == 0 and getattr(func, "__name__", "") not in ("__get__", "size", "dim"):
-            self.used |= self.made & {id(x) for x in tensors_of((args, kwargs))}
-        return func(*args, **(kwargs or {}))
+    for call in flow.calls:
+        reader = flow.only_reader(call)
+        if call.module in layers and reader is not None and reader.module in norms:
+            once = len(flow.calls_of(call.module)) == len(flow.calls_of(reader.module)) == 1
+            pairs += [(call.module, reader.module)] if once else []
+    return pairs, flow.outputs
 
 
 def fold(layer: Any, norm: Any) -> None:

@@ -8,10 +8,11 @@ namespace torchquant {
 
 CodeGrid::CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits)
     : stride_(padded(outputs, kPanelOutputs)),
+      parts_(static_cast<int64_t>(parts.size())),
       by_products_(std::all_of(parts.begin(), parts.end(), Reciprocal::in_range)),
       max_code_(max_code_of(bits)),
       numbers_(static_cast<size_t>(4 * stride_), 1.0f) {
-  const int64_t count = outputs / static_cast<int64_t>(parts.size());
+  const int64_t count = outputs / parts_;
   float* part = numbers_.data();
   for (const Grid& grid : parts) {
     const Reciprocal reciprocal(grid.scale);

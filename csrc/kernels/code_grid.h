@@ -1,6 +1,7 @@
 // Outputs of packed products as codes, on the CPU: the grid of every output where the kernels read
 // it.
 #pragma once
+#include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear.h>
 
 #include <vector>
@@ -12,9 +13,14 @@ class CodeGrid {
   // One grid for each of as many equal parts of the outputs.
   CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits);
   void apply_to(PackedProduct& product) const;
+  int64_t parts() const { return parts_; }
+  IntegerGrid integer_grid() const {  // of the first output
+    return {numbers_[0], 0.0f, numbers_[stride_], max_code_, 0};
+  }
 
  private:
   int64_t stride_;
+  int64_t parts_;
   bool by_products_;  // Note [division by products]
   float max_code_;
   std::vector<float> numbers_;  // [4, stride]: scale, zero point, reciprocal of scale in two parts

@@ -81,34 +81,46 @@ std::vector<Prepacked> weights_of(const ConvShape& s, const PrepackedTensors& al
   return weights;
 }
 
-at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
-                            const std::optional<at::Tensor>& bias, int64_t bits,
-                            int64_t in_channels, int64_t out_channels, at::IntArrayRef kernel_size,
-                            at::IntArrayRef stride, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, int64_t groups, int64_t group_size,
-                            const std::optional<at::Tensor>& levels,
-                            const std::optional<at::Tensor>& input_scale,
-                            const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
-                            std::string_view activation) {
+at::Tensor quantized_conv2d(
+    const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
+    const std::optional<at::Tensor>& bias, int64_t bits, int64_t in_channels, int64_t out_channels,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, int64_t group_size,
+    const std::optional<at::Tensor>& levels, const std::optional<at::Tensor>& input_scale,
+    const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
+    std::string_view activation, const std::optional<at::Tensor>& output_scale,
+    const std::optional<at::Tensor>& output_zero_point, int64_t output_bits) {
   const ConvShape s =
       shape_of(x, {kernel_size, stride, padding, dilation, in_channels, out_channels, groups});
   ConvInput input(kOp, x, {input_scale, input_zero_point, input_bits}, s);
   const int64_t columns = in_channels / groups * s.kernel.area();
   const bool depthwise = is_depthwise(groups, columns, s.kernel.area(), group_size);
-  const bool was_channels_last = input.channels_last();
+  const OutputGrid grid_of_codes(kOp, x, out_channels, output_scale, output_zero_point,
+                                 output_bits);
+  TORCH_CHECK_VALUE(!grid_of_codes.given() || grid_of_codes.parts() == 1, kOp,
+                    ": output_scale must be one number, got ", output_scale->sizes());
   const bool multiplied = depthwise && out_channels != in_channels;
-  if (multiplied) input.make_contiguous();
+  const bool exact = depthwise || (groups == 1 && input.pads_exactly());
+  const bool codes = grid_of_codes.given() && !multiplied && exact;  // the kernel's own
+  const bool channels_last = input.channels_last() || grid_of_codes.given();
+  if (multiplied) {
+    input.make_contiguous();
+  } else if (depthwise && codes) {
+    input.make_channels_last();
+  }
   at::Tensor own_bias;
   if (bias.has_value()) {
     check_shape(kOp, "bias", *bias, {out_channels});
     own_bias = bias->to(at::kFloat).contiguous();
   }
-  const auto format =
-      input.channels_last() ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  ConvOutput output{own_bias.defined() ? own_bias.const_data_ptr<float>() : nullptr,
-                    parse_epilogue(kOp, activation),
-                    at::empty({s.batch, s.outputs, s.out.h, s.out.w},
-                              at::TensorOptions(at::kFloat).memory_format(format))};
+  const bool last = channels_last && !multiplied;
+  const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const ConvOutput output{
+      own_bias.defined() ? own_bias.const_data_ptr<float>() : nullptr,
+      parse_epilogue(kOp, activation), last,
+      at::empty({s.batch, s.outputs, s.out.h, s.out.w},
+                at::TensorOptions(codes ? at::kByte : at::kFloat).memory_format(format)),
+      codes ? &grid_of_codes : nullptr};
   if (depthwise) {
     check_depthwise_weight(kOp, s, {packed, grid});
     input.channels_last() ? run_depthwise_pixels(s, input, {packed, grid}, output)
@@ -120,8 +132,12 @@ at::Tensor quantized_conv2d(const at::Tensor& x, const at::Tensor& packed, const
     if (output.out.numel() > 0)
       run_gathered(s, input, std::move(weights), group_size, wide, output);
   }
-  const at::Tensor out = x.scalar_type() == at::kByte ? output.out : output.out.to(x.scalar_type());
-  return was_channels_last ? out.contiguous(at::MemoryFormat::ChannelsLast) : out;
+  at::Tensor out = output.out;
+  if (grid_of_codes.given())
+    out = codes ? out : grid_of_codes.codes_of(out);
+  else if (x.scalar_type() != at::kByte)
+    out = out.to(x.scalar_type());
+  return channels_last ? out.contiguous(at::MemoryFormat::ChannelsLast) : out;
 }
 
 }  // namespace
@@ -132,7 +148,8 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "SymInt in_channels, SymInt out_channels, int[2] kernel_size, int[2] stride=1, "
       "SymInt[] padding=[0, 0], int[2] dilation=1, int groups=1, int group_size=0, "
       "Tensor? levels=None, Tensor? input_scale=None, Tensor? input_zero_point=None, "
-      "int input_bits=8, str activation=\"none\") -> Tensor");
+      "int input_bits=8, str activation=\"none\", Tensor? output_scale=None, "
+      "Tensor? output_zero_point=None, int output_bits=8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_conv2d", quantized_conv2d); }

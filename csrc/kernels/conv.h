@@ -35,6 +35,8 @@ struct ConvShape {
   Extent out;
 };
 
+inline bool has_padding(const ConvShape& s) { return s.padded.area() != s.size.area(); }
+
 // magnitude_bits of x.
 struct LargestMagnitude {
   const float* x;
@@ -168,6 +170,8 @@ struct DepthwisePixels {
   int32_t* padding_pairs;  // the same of the padding
   const int32_t** taps;    // [2, pair_taps]
   float* out;              // [out h, out w, C] from the first of these channels on
+  uint8_t* out_codes;      // null: values
+  IntegerGrid out_grid;    // of the codes
   bool* finite;
 };
 constexpr int64_t kPixelLanes = 16;  // a multiple of what the kernels take at once

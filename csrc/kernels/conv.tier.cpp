@@ -36,7 +36,7 @@ void scatter(const To* integers, int64_t pixels, int64_t channels, To* const* ta
 
 template <class To>
 void make_integers(const QuantizeImage& q, const uint8_t* codes, int64_t count, To* a) {
-  integers_of(q.grid, codes, count, a);
+  code_integers(codes, q.grid.shift, count, a);
 }
 template <class To>
 void make_integers(const QuantizeImage& q, const float* x, int64_t count, To* a) {
@@ -77,31 +77,6 @@ template <class From>
 void quantize_from(const QuantizeImage& q, const From* x) {
   if (q.channels_last) return q.wide ? from_pixels(q, x, q.wide) : from_pixels(q, x, q.narrow);
   q.wide ? from_planes(q, x, q.wide) : from_planes(q, x, q.narrow);
-}
-
-// Sum of whole blocks of 32.
-int32_t sum_of(const int8_t* __restrict__ a, int64_t count) {
-#if defined(__AVX2__)
-  __m256i total = _mm256_setzero_si256();
-  for (int64_t i = 0; i < count; i += kBlockInputs) {
-    const __m256i u = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)),
-                                       _mm256_set1_epi8(-128));
-    total = _mm256_add_epi64(total, _mm256_sad_epu8(u, _mm256_setzero_si256()));
-  }
-  alignas(32) int64_t parts[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(parts), total);
-  return static_cast<int32_t>(parts[0] + parts[1] + parts[2] + parts[3] - 128 * count);
-#else
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += a[i];
-  return sum;
-#endif
-}
-
-int32_t sum_of(const int16_t* __restrict__ a, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += a[i];
-  return sum;
 }
 
 // Inputs 0 2 1 3 of every four. Those after a group's last are zero, whatever an earlier row left.

@@ -159,7 +159,7 @@ void depthwise_plane(const DepthwisePlane& d) {
     fill_plane(d, d.fill);
   }
   if (d.x == nullptr) {
-    integers_of(d.grid, d.codes, pixels, d.integers);
+    code_integers(d.codes, d.grid.shift, pixels, d.integers);
   } else if (!value_integers(d.grid, d.x, pixels, d.integers)) {
     *d.finite = false;
   }

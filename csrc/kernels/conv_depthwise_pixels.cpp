@@ -77,7 +77,9 @@ void run_depthwise_pixels(const ConvShape& s, const ConvInput& input, const Dept
   const int64_t reach = s.dilation.h * (s.kernel.h - 1) + 1, taps = pair_taps(s.kernel);
   const Cut cut(s, chunk_width(s, reach));
   const int64_t ring = reach * s.padded.w * cut.width;
-  float* const out = output.out.mutable_data_ptr<float>();
+  const bool codes = output.grid != nullptr;
+  float* const out = codes ? nullptr : output.out.mutable_data_ptr<float>();
+  uint8_t* const out_codes = codes ? output.out.mutable_data_ptr<uint8_t>() : nullptr;
   std::atomic<bool> finite{true};
   at::parallel_for(0, cut.tasks, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor pairs = at::zeros({2, ring}, at::kInt);
@@ -112,7 +114,13 @@ void run_depthwise_pixels(const ConvShape& s, const ConvInput& input, const Dept
       d.pairs = pairs.mutable_data_ptr<int32_t>();
       d.padding_pairs = d.pairs + ring;
       d.taps = tap_rows.data();
-      d.out = out + b * s.out.area() * s.channels + c;
+      const int64_t first = b * s.out.area() * s.channels + c;
+      if (codes) {
+        d.out_codes = out_codes + first;
+        d.out_grid = output.grid->integer_grid();
+      } else {
+        d.out = out + first;
+      }
       d.finite = &own_finite;
       depthwise_pixels(d);
     }

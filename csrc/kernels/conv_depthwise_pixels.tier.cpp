@@ -1,6 +1,6 @@
 #include <csrc/kernels/conv.h>
 #include <csrc/kernels/conv_vectors.h>
-#include <csrc/kernels/linear_float.h>
+#include <csrc/kernels/linear_tile.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -115,12 +115,13 @@ void put_padded_row(const DepthwisePixels& d, const Ring& ring, int64_t y, int32
   });
 }
 
-template <class Integers, class Input>
-void put_input_row(const DepthwisePixels& d, const Ring& ring, int64_t y, const Integers& integers,
-                   const Input* x) {
+void put_input_row(const DepthwisePixels& d, const Ring& ring, int64_t y) {
   const ConvShape& s = *d.shape;
   put_padded_row(d, ring, y, d.fill, [&](const auto& writer, int64_t row) {
-    writer.quantize(x + row * s.size.w * s.channels, s.before.w, s.before.w + s.size.w, integers);
+    const int64_t first = s.before.w, last = first + s.size.w, at = row * s.size.w * s.channels;
+    if (d.x == nullptr) return writer.quantize(d.codes + at, first, last, IntegersOfCodes(d.grid));
+    with_integers(d.grid,
+                  [&](const auto& integers) { writer.quantize(d.x + at, first, last, integers); });
   });
 }
 
@@ -178,17 +179,40 @@ struct Outputs {
   bool has_offset;
 };
 
-void store_some(const DepthwisePixels& d, Floats y, int64_t lane, float* to) {
-  const int64_t count = d.channels - lane < kStep ? d.channels - lane : kStep;
+Floats activated(Epilogue epilogue, Floats y) {
   float values[kStep];
   store(y, values);
-  if (d.epilogue == Epilogue::gelu) {
-    for (float& value : values) value = gelu(value);
-  } else if (d.epilogue == Epilogue::silu) {
-    for (float& value : values) value = silu(value);
-  }
-  for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+  activate(epilogue, values, kStep);
+  return load<Floats>(values);
 }
+
+// Where outputs go: as values, or as codes.
+struct StoreValues {
+  explicit StoreValues(const DepthwisePixels& d) : out(d.out) {}
+  inline __attribute__((always_inline)) void whole(Floats y, int64_t at) const {
+    store(y, out + at);
+  }
+  void some(Floats y, int64_t at, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) out[at + i] = y[i];
+  }
+
+  float* const out;
+};
+
+template <class Codes>
+struct StoreCodes {
+  StoreCodes(const DepthwisePixels& d, const Codes& codes) : codes(codes), out(d.out_codes) {}
+  inline __attribute__((always_inline)) void whole(Floats y, int64_t at) const {
+    store_narrow(codes(y), out + at);
+  }
+  void some(Floats y, int64_t at, int64_t count) const {
+    const Ints all = codes(y);
+    for (int64_t i = 0; i < count; ++i) out[at + i] = static_cast<uint8_t>(all[i]);
+  }
+
+  const Codes codes;
+  uint8_t* const out;
+};
 
 // Where a block of lanes is.
 struct Block {
@@ -197,10 +221,10 @@ struct Block {
 };
 
 // V pixels of output row y from pixel x on; one where kStride is 0, for any stride.
-template <int V, int kStride, bool kDot>
+template <int V, int kStride, bool kDot, class Store>
 inline __attribute__((always_inline)) void run_pixels(const DepthwisePixels& d, const Block& block,
-                                                      const Outputs& outputs, int64_t y,
-                                                      int64_t x) {
+                                                      const Outputs& outputs, const Store& target,
+                                                      int64_t y, int64_t x) {
   const ConvShape& s = *d.shape;
   const int64_t first = block.in_ring + x * s.stride.w * kStep;
   const int32_t *const weight = d.weight + block.lane, *const ones = d.ones + block.lane;
@@ -223,62 +247,63 @@ inline __attribute__((always_inline)) void run_pixels(const DepthwisePixels& d, 
       values[v] = values[v] +
                   outputs.correction * (to_floats(sums[v]) + outputs.offset * to_floats(others[v]));
   }
-  const int64_t outputs_step = s.outputs;
-  float* const to = d.out + (y * s.out.w + x) * outputs_step + block.lane;
-  const bool plain = d.epilogue == Epilogue::none && block.lane + kStep <= d.channels;
+  if (d.epilogue != Epilogue::none)
+    for (int v = 0; v < V; ++v) values[v] = activated(d.epilogue, values[v]);
+  const int64_t to = (y * s.out.w + x) * s.outputs + block.lane, left = d.channels - block.lane;
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v)
-    plain ? store(values[v], to + v * outputs_step)
-          : store_some(d, values[v], block.lane, to + v * outputs_step);
+    left >= kStep ? target.whole(values[v], to + v * s.outputs)
+                  : target.some(values[v], to + v * s.outputs, left);
 }
 
-template <int V, int kStride, bool kDot>
-void run_columns(const DepthwisePixels& d, const Block& block, const Outputs& outputs, int64_t y,
-                 int64_t& x) {
-  for (; x + V <= d.shape->out.w; x += V) run_pixels<V, kStride, kDot>(d, block, outputs, y, x);
+template <int V, int kStride, bool kDot, class Store>
+void run_columns(const DepthwisePixels& d, const Block& block, const Outputs& outputs,
+                 const Store& target, int64_t y, int64_t& x) {
+  for (; x + V <= d.shape->out.w; x += V)
+    run_pixels<V, kStride, kDot>(d, block, outputs, target, y, x);
 }
 
-template <int kStride, bool kDot>
-void run_row(const DepthwisePixels& d, const Ring& ring, int64_t y) {
+template <int kStride, bool kDot, class Store>
+void run_row(const DepthwisePixels& d, const Ring& ring, const Store& target, int64_t y) {
   for (Block block{0, 0}; block.lane < d.channels; block.lane += kStep) {
     const Outputs outputs(d, block.lane);
     int64_t x = 0;
     if constexpr (kStride > 0) {
-      run_columns<kMostPixels, kStride, kDot>(d, block, outputs, y, x);
-      if constexpr (kMostPixels > 7) run_columns<7, kStride, kDot>(d, block, outputs, y, x);
-      run_columns<3, kStride, kDot>(d, block, outputs, y, x);
+      run_columns<kMostPixels, kStride, kDot>(d, block, outputs, target, y, x);
+      if constexpr (kMostPixels > 7) run_columns<7, kStride, kDot>(d, block, outputs, target, y, x);
+      run_columns<3, kStride, kDot>(d, block, outputs, target, y, x);
     }
-    run_columns<1, 0, kDot>(d, block, outputs, y, x);
+    run_columns<1, 0, kDot>(d, block, outputs, target, y, x);
     block.in_ring += ring.block_size();
   }
 }
 
-template <bool kDot, class Integers, class Input>
-void run_rows(const DepthwisePixels& d, const Integers& integers, const Input* x) {
+template <bool kDot, class Store>
+void run_rows(const DepthwisePixels& d, const Store& target) {
   const ConvShape& s = *d.shape;
   const Ring ring(d, d.pairs), padding(d, d.padding_pairs);
   int64_t next = 0;  // row of the input
   for (int64_t y = d.first_row; y < d.last_row; ++y) {
     const int64_t top = y * s.stride.h;
     for (next = next < top ? top : next; next < top + reach(s); ++next) {
-      put_input_row(d, ring, next, integers, x);
+      put_input_row(d, ring, next);
       if (d.fill_error != 0.0f) put_padding_row(d, padding, next);
     }
     find_taps(d, ring, y, d.taps);
     if (d.fill_error != 0.0f) find_taps(d, padding, y, d.taps + d.pair_taps);
     if (s.stride.w == 1)
-      run_row<1, kDot>(d, ring, y);
+      run_row<1, kDot>(d, ring, target, y);
     else if (s.stride.w == 2)
-      run_row<2, kDot>(d, ring, y);
+      run_row<2, kDot>(d, ring, target, y);
     else
-      run_row<0, kDot>(d, ring, y);
+      run_row<0, kDot>(d, ring, target, y);
   }
 }
 
 template <bool kDot>
 void run(const DepthwisePixels& d) {
-  if (d.x == nullptr) return run_rows<kDot>(d, IntegersOfCodes(d.grid), d.codes);
-  with_integers(d.grid, [&](const auto& integers) { run_rows<kDot>(d, integers, d.x); });
+  if (d.out_codes == nullptr) return run_rows<kDot>(d, StoreValues(d));
+  with_integers(d.out_grid, [&](const auto& codes) { run_rows<kDot>(d, StoreCodes(d, codes)); });
 }
 
 }  // namespace

@@ -17,8 +17,6 @@ constexpr int64_t kTaskProducts = 1 << 21;      // of a task: about 10 us
 constexpr int64_t kGatheredBytes = 1 << 18;     // of a block of rows: part of a core's L2
 constexpr int64_t kPanelTiles = kPanelOutputs / kTileOutputs;
 
-bool has_padding(const ConvShape& s) { return s.padded.area() != s.size.area(); }
-
 // The padded integer copies of all samples: int8 or int16 [B, padded h, padded w, C].
 at::Tensor integer_images(const ConvShape& s, const ConvInput& input, bool wide) {
   const at::Tensor images = at::empty({s.batch, s.padded.h, s.padded.w, s.channels},
@@ -89,20 +87,19 @@ std::vector<ConvRun> gather_runs(const ConvShape& s, const BlockLayout& layout,
 
 // One thread's rows and what belongs to them.
 struct Workspace {
-  Workspace(int64_t rows, const BlockLayout& layout, int64_t outputs, bool wide)
+  Workspace(int64_t rows, const BlockLayout& layout, bool wide)
       : integers(rows * layout.blocks * kBlockInputs * (wide ? 2 : 1)),
         sums(rows * layout.groups),
         scale(rows),
-        zero(rows),
-        correction(rows * outputs),
-        values(rows * outputs) {}
+        zero(rows) {}
 
   std::vector<int8_t> integers;  // or int16
   std::vector<int32_t> sums;
   std::vector<float> scale;
   std::vector<float> zero;
-  std::vector<float> correction;
-  std::vector<float> values;
+  std::vector<float> correction;  // [rows, outputs], where there is one
+  std::vector<float> values;      // the same
+  bool finite = true;
 };
 
 // A task: rows of one sample, and panels [first_panel, last_panel) counted through all groups.
@@ -126,12 +123,14 @@ class GatheredConv {
         output_(output),
         outputs_(shape.outputs / shape.groups),
         panels_((outputs_ + kPanelOutputs - 1) / kPanelOutputs) {
+    const bool pointwise = !wide_ && s_.kernel.area() == 1 && s_.stride.area() == 1 &&
+                           !has_padding(s_) && s_.groups == 1;
+    of_rows_ = pointwise && input_.channels_last() && input_.has_zero();
+    if (of_rows_) return;
     images_ = integer_images(s_, input_, wide_);
     runs_ = gather_runs(s_, layout_, group_size);
-    for (int64_t b = 0; b < s_.batch && !padding_.defined(); ++b)
-      if (corrects(b)) padding_ = padding_image(s_, wide_);
-    in_place_ = !wide_ && s_.kernel.area() == 1 && s_.stride.area() == 1 && !has_padding(s_) &&
-                s_.groups == 1 && depth() == s_.channels;
+    if (!input_.pads_exactly()) padding_ = padding_image(s_, wide_);
+    in_place_ = pointwise && depth() == s_.channels;
   }
 
   void run() const {
@@ -144,15 +143,20 @@ class GatheredConv {
     const int64_t parts = std::clamp<int64_t>(at::get_num_threads() == 1 ? 1 : wanted, 1, panels);
     const int64_t products = rows * depth() * kPanelOutputs * panels / parts;
     const int64_t grain = std::max<int64_t>(kTaskProducts / std::max<int64_t>(products, 1), 1);
+    std::atomic<bool> finite{true};
     at::parallel_for(0, s_.batch * blocks * parts, grain, [&](int64_t begin, int64_t end) {
-      Workspace own(rows, layout_, outputs_, wide_);
+      Workspace own(rows, layout_, wide_);
+      if (!input_.pads_exactly()) own.correction.resize(rows * outputs_);
+      if (!stores_directly()) own.values.resize(rows * outputs_);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i % parts, block = i / parts % blocks, first = block * rows;
         run_task({i / parts / blocks, first, std::min(rows, s_.out.area() - first),
                   part * panels / parts, (part + 1) * panels / parts},
                  own);
       }
+      if (!own.finite) finite = false;
     });
+    if (!finite) input_.raise_if_not_finite();
   }
 
  private:
@@ -160,6 +164,44 @@ class GatheredConv {
 
   bool corrects(int64_t sample) const {
     return has_padding(s_) && input_.fill_error(sample) != 0.0f;
+  }
+
+  // Rows of the product are what the output holds.
+  bool stores_directly() const {
+    return output_.channels_last && s_.groups == 1 && input_.pads_exactly();
+  }
+
+  // The product of rows that lie in the input as they are.
+  PackedProduct rows_of_input(const Task& task, Workspace& own) const {
+    const IntegerGrid& grid = input_.grid(task.sample);
+    const int64_t first = task.first_row * s_.channels;
+    QuantizeRows q{};
+    q.layout = layout_;
+    q.rows = task.rows;
+    if (input_.codes(task.sample) != nullptr)
+      q.codes = input_.codes(task.sample) + first;
+    else
+      q.x = input_.values(task.sample) + first;
+    q.scale = grid.scale;
+    q.zero_point = grid.zero_point;
+    q.max_code = grid.max_code;
+    q.shift = grid.shift;
+    q.narrow = own.integers.data();
+    q.sums = own.sums.data();
+    q.finite = &own.finite;
+    quantize_rows(q);
+    return product_of(task.rows, q.narrow, nullptr, q.sums);
+  }
+
+  static PackedProduct product_of(int64_t rows, const int8_t* narrow, const int16_t* wide,
+                                  const int32_t* sums) {
+    PackedProduct p{};
+    p.rows = rows;
+    p.narrow = narrow;
+    p.wide = wide;
+    p.sums = sums;
+    p.tier = cpu_tier();
+    return p;
   }
 
   void run_task(const Task& task, Workspace& own) const {
@@ -198,13 +240,7 @@ class GatheredConv {
       g.narrow = const_cast<int8_t*>(g.narrow_image) + task.first_row * s_.channels;
     }
     gather_rows(g);
-    PackedProduct p{};
-    p.rows = task.rows;
-    p.narrow = g.narrow;
-    p.wide = g.wide;
-    p.sums = g.sums;
-    p.tier = cpu_tier();
-    return p;
+    return product_of(task.rows, g.narrow, g.wide, g.sums);
   }
 
   void run_group(const Task& task, int64_t group, int64_t first_panel, int64_t last_panel,
@@ -229,17 +265,26 @@ class GatheredConv {
       packed_product(p);
     }
     PackedProduct p =
-        gathered(task, images_, task.sample * s_.padded.area() * s_.channels + channel, own);
-    float* const out =
-        output_.out.mutable_data_ptr<float>() + task.sample * s_.outputs * s_.out.area();
-    const bool direct = channels_last() && s_.groups == 1 && !corrects;
-    choose(p, scale, input_.zero(task.sample),
-           direct ? out + task.first_row * s_.outputs : own.values.data());
+        of_rows_
+            ? rows_of_input(task, own)
+            : gathered(task, images_, task.sample * s_.padded.area() * s_.channels + channel, own);
+    choose(p, scale, input_.zero(task.sample), own.values.data());
     p.bias = output_.bias == nullptr ? nullptr : output_.bias + output;
     p.residual = corrects ? own.correction.data() : nullptr;
     p.epilogue = corrects ? Epilogue::none : output_.epilogue;  // it follows the correction
+    const int64_t first_pixel = task.sample * s_.out.area() + task.first_row;
+    if (output_.grid != nullptr) {
+      p.out = nullptr;
+      output_.grid->apply_to(p, output_.out);
+      p.codes += first_pixel * s_.outputs;
+      return packed_product(p);
+    }
+    auto* const out = output_.out.mutable_data_ptr<float>();
+    if (stores_directly()) {
+      p.out = out + first_pixel * s_.outputs;
+      return packed_product(p);
+    }
     packed_product(p);
-    if (direct) return;
     const int64_t first = first_panel * kPanelOutputs;
     StoreRows store{own.values.data() + first,
                     outputs_,
@@ -249,12 +294,12 @@ class GatheredConv {
                     1,
                     s_.out.area(),
                     corrects ? output_.epilogue : Epilogue::none};
-    if (channels_last()) std::tie(store.row_step, store.output_step) = std::pair{s_.outputs, 1};
-    store.out = out + task.first_row * store.row_step + (output + first) * store.output_step;
+    if (output_.channels_last)
+      std::tie(store.row_step, store.output_step) = std::pair{s_.outputs, 1};
+    store.out = out + task.sample * s_.outputs * s_.out.area() + task.first_row * store.row_step +
+                (output + first) * store.output_step;
     store_rows(store);
   }
-
-  bool channels_last() const { return input_.channels_last(); }
 
   const ConvShape s_;
   const ConvInput& input_;
@@ -267,7 +312,8 @@ class GatheredConv {
   at::Tensor images_;
   at::Tensor padding_;
   std::vector<ConvRun> runs_;
-  bool in_place_;
+  bool of_rows_;
+  bool in_place_ = false;
 };
 
 }  // namespace

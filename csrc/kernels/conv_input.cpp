@@ -86,9 +86,21 @@ const uint8_t* ConvInput::codes(int64_t sample) const {
 
 void ConvInput::raise_if_not_finite() const { check_finite(op_, "x", x_); }
 
+bool ConvInput::pads_exactly() const {
+  if (!has_padding(shape_)) return true;
+  for (int64_t b = 0; b < shape_.batch; ++b)
+    if (fill_error(b) != 0.0f) return false;
+  return true;
+}
+
 void ConvInput::make_contiguous() {
   x_ = x_.contiguous();
   channels_last_ = false;
+}
+
+void ConvInput::make_channels_last() {
+  x_ = x_.contiguous(at::MemoryFormat::ChannelsLast);
+  channels_last_ = true;
 }
 
 }  // namespace torchquant

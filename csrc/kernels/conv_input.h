@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <csrc/kernels/conv_columns.h>
 #include <csrc/kernels/integer_input.h>
+#include <csrc/kernels/output_grid.h>
 #include <csrc/kernels/prepacked.h>
 
 #include <optional>
@@ -22,11 +23,13 @@ class ConvInput {
   bool has_zero() const { return has_zero_; }
   int32_t fill(int64_t sample) const;  // the integer that pads
   float fill_error(int64_t sample) const { return zero(sample) - static_cast<float>(fill(sample)); }
+  bool pads_exactly() const;  // no output gets back what `fill` misses
   // Start of a sample, or null: x has the other type.
   const float* values(int64_t sample) const;
   const uint8_t* codes(int64_t sample) const;
   void raise_if_not_finite() const;
   void make_contiguous();  // not channels last
+  void make_channels_last();
 
  private:
   void take_given(const InputGrid& grid);
@@ -46,7 +49,9 @@ class ConvInput {
 struct ConvOutput {
   const float* bias;  // [N], or null
   Epilogue epilogue;
-  at::Tensor out;  // float32 [B, N, H', W'], contiguous or channels last
+  bool channels_last;
+  at::Tensor out;          // [B, N, H', W']: float32, or uint8 codes, which are channels last
+  const OutputGrid* grid;  // of the codes, or null
 };
 
 void run_gathered(const ConvShape& shape, const ConvInput& input, std::vector<Prepacked> weights,

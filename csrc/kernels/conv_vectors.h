@@ -1,5 +1,5 @@
-// Vectors of the tier's width for the depthwise kernels: integers of values, pairs of 16-bit
-// integers and the sums of their products.
+// Vectors of the tier's width: integers of values and codes, pairs of 16-bit integers and the sums
+// of their products.
 #pragma once
 #include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear_float.h>
@@ -111,8 +111,7 @@ inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
   return (Ints)(x + kMagic) - (static_cast<int32_t>(bits_of(kMagic)) + shift);
 }
 
-// The integers that integers_of gives: of codes, of values with the sample's own grid, and of
-// values with a given one.
+// Integers of codes, of values with the sample's own grid, and of values with a given one.
 struct IntegersOfCodes {
   explicit IntegersOfCodes(const IntegerGrid& grid) : shift(grid.shift) {}
   inline __attribute__((always_inline)) Ints operator()(Ints codes) const { return codes - shift; }
@@ -120,7 +119,7 @@ struct IntegersOfCodes {
 };
 
 struct SymmetricIntegers {
-  explicit SymmetricIntegers(const IntegerGrid& grid) : factor(grid.factor) {}
+  explicit SymmetricIntegers(float factor) : factor(factor) {}
   inline __attribute__((always_inline)) Ints operator()(Floats x) const {
     return rounded(x * factor, 0);
   }
@@ -169,7 +168,7 @@ struct GridIntegersByProducts : GridIntegers {
 template <class Visit>
 inline __attribute__((always_inline)) void with_integers(const IntegerGrid& grid,
                                                          const Visit& visit) {
-  if (grid.scale == 0.0f) return visit(SymmetricIntegers(grid));
+  if (grid.scale == 0.0f) return visit(SymmetricIntegers(grid.factor));
 #if defined(__AVX2__)
   if (Reciprocal::serves({grid.scale, grid.zero_point})) return visit(GridIntegersByProducts(grid));
 #endif
@@ -182,7 +181,7 @@ inline __attribute__((always_inline)) Floats note_finite(Floats noted, Floats x)
 }
 inline __attribute__((always_inline)) Floats note_finite(Floats noted, Ints) { return noted; }
 
-// Integers that fit, as bytes or halves.
+// Integers that fit, as bytes with or without a sign or as halves.
 template <class To>
 inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
 #if defined(__AVX512BW__)
@@ -195,7 +194,9 @@ inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
   const __m128i upper = _mm256_extracti128_si256((__m256i)integers, 1);
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)integers), upper);
   if constexpr (sizeof(To) == 1) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+    const bool codes = static_cast<To>(-1) > 0;
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
+                     codes ? _mm_packus_epi16(halves, halves) : _mm_packs_epi16(halves, halves));
   } else {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
   }
@@ -204,28 +205,94 @@ inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
 #endif
 }
 
-// integers_of for values; false where one is not finite.
-template <class To>
-bool value_integers(const IntegerGrid& grid, const float* x, int64_t count, To* a) {
-  Floats noted{};
-  with_integers(grid, [&](const auto integers) {
-    int64_t i = 0;
-    for (; i + kVectorLanes <= count; i += kVectorLanes) {
-      const Floats values = load<Floats>(x + i);
-      noted = note_finite(noted, values);
-      store_narrow(integers(values), a + i);
-    }
-    if (i == count) return;
-    float rest[kVectorLanes] = {};
-    To narrow[kVectorLanes];
-    for (int64_t j = i; j < count; ++j) rest[j - i] = x[j];
-    noted = note_finite(noted, load<Floats>(rest));
-    store_narrow(integers(load<Floats>(rest)), narrow);
-    for (int64_t j = i; j < count; ++j) a[j] = narrow[j - i];
-  });
+inline bool all_finite(Floats noted) {
   bool finite = true;
   for (int64_t i = 0; i < kVectorLanes; ++i) finite = finite && noted[i] == noted[i];
   return finite;
+}
+
+// Integers of values, the last vector's perhaps twice. Returns what note_finite does of all.
+template <class Integers, class To>
+inline __attribute__((always_inline)) Floats value_integers(const Integers& integers, Floats noted,
+                                                            const float* x, int64_t count, To* a) {
+  const auto take = [&](const float* from, To* to) __attribute__((always_inline)) {
+    const Floats values = load<Floats>(from);
+    noted = note_finite(noted, values);
+    store_narrow(integers(values), to);
+  };
+  if (count >= kVectorLanes) {
+    const int64_t last = count - kVectorLanes;
+    for (int64_t i = 0; i < last; i += kVectorLanes) take(x + i, a + i);
+    take(x + last, a + last);
+  } else if (count > 0) {
+    float some[kVectorLanes] = {};
+    To narrow[kVectorLanes];
+    for (int64_t i = 0; i < count; ++i) some[i] = x[i];
+    take(some, narrow);
+    for (int64_t i = 0; i < count; ++i) a[i] = narrow[i];
+  }
+  return noted;
+}
+
+// The same on any grid; false where a value is not finite.
+template <class To>
+bool value_integers(const IntegerGrid& grid, const float* x, int64_t count, To* a) {
+  Floats noted{};
+  with_integers(
+      grid, [&](const auto& integers) { noted = value_integers(integers, noted, x, count, a); });
+  return all_finite(noted);
+}
+
+// Codes minus `shift`.
+inline __attribute__((always_inline)) void code_integers(const uint8_t* __restrict__ codes,
+                                                         int32_t shift, int64_t count,
+                                                         int8_t* __restrict__ a) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  constexpr int64_t kBytes = sizeof(Bytes);
+  const auto less = static_cast<uint8_t>(shift);
+  if (count < kBytes) {
+    for (int64_t i = 0; i < count; ++i) a[i] = static_cast<int8_t>(codes[i] - less);
+    return;
+  }
+  const auto take = [&](int64_t i) __attribute__((always_inline)) {
+    Bytes bytes;
+    __builtin_memcpy(&bytes, codes + i, kBytes);
+    bytes -= less;
+    __builtin_memcpy(a + i, &bytes, kBytes);
+  };
+  for (int64_t i = 0; i + kBytes < count; i += kBytes) take(i);
+  take(count - kBytes);  // some perhaps twice
+}
+
+inline void code_integers(const uint8_t* __restrict__ codes, int32_t shift, int64_t count,
+                          int16_t* __restrict__ a) {
+  for (int64_t i = 0; i < count; ++i) a[i] = static_cast<int16_t>(codes[i] - shift);
+}
+
+// Sum of whole blocks of 32.
+inline int32_t sum_of(const int8_t* __restrict__ a, int64_t count) {
+#if defined(__AVX2__)
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m256i u = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)),
+                                       _mm256_set1_epi8(-128));
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(u, _mm256_setzero_si256()));
+  }
+  const __m128i half =
+      _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  const int64_t sum = _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
+  return static_cast<int32_t>(sum - 128 * count);
+#else
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += a[i];
+  return sum;
+#endif
+}
+
+inline int32_t sum_of(const int16_t* __restrict__ a, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += a[i];
+  return sum;
 }
 
 }  // namespace

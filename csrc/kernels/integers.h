@@ -1,7 +1,6 @@
 // Integers of activations, for the tier files of every kernel that makes them.
 #pragma once
 #include <csrc/core/quant_math.h>
-#include <csrc/kernels/reciprocal.h>
 
 #include <cstdint>
 
@@ -56,41 +55,6 @@ static inline __attribute__((always_inline)) int32_t fill_integers(To* __restric
     sum += integer;
   }
   return sum;
-}
-
-// Integers of codes, or of values, and their sum. Copies of what the loops read: bytes written to
-// `a` could change anything that is reached by a pointer, and the loops would not become vectors.
-template <class To>
-static inline __attribute__((always_inline)) int32_t integers_of(const IntegerGrid& grid,
-                                                                 const uint8_t* __restrict__ codes,
-                                                                 int64_t count,
-                                                                 To* __restrict__ a) {
-  const int32_t shift = grid.shift;
-  return fill_integers(a, count, [=](int64_t i) { return codes[i] - shift; });
-}
-
-template <class To>
-static inline __attribute__((always_inline)) int32_t integers_of(const IntegerGrid& grid,
-                                                                 const float* __restrict__ x,
-                                                                 int64_t count,
-                                                                 To* __restrict__ a) {
-  const float factor = grid.factor;
-  if (grid.scale == 0.0f) {
-    return fill_integers(
-        a, count, [=](int64_t i) { return static_cast<int32_t>(round_to_integer(x[i] * factor)); });
-  }
-  const float scale = grid.scale, zero_point = grid.zero_point, max_code = grid.max_code;
-  const int32_t shift = grid.shift;
-  if (Reciprocal::serves({scale, zero_point})) {
-    const Reciprocal reciprocal(scale);
-    return fill_integers(a, count, [=](int64_t i) {
-      const float code = to_code(reciprocal.times(x[i]), 1.0f, zero_point, max_code);
-      return static_cast<int32_t>(code) - shift;
-    });
-  }
-  return fill_integers(a, count, [=](int64_t i) {
-    return static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)) - shift;
-  });
 }
 
 }  // namespace torchquant

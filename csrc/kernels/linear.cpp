@@ -7,9 +7,9 @@
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
-#include <csrc/kernels/code_grid.h>
 #include <csrc/kernels/integer_input.h>
 #include <csrc/kernels/linear_cuda.h>
+#include <csrc/kernels/output_grid.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
@@ -38,11 +38,6 @@ void check_float(const at::Tensor& x, const char* name, const at::Tensor& tensor
                  at::IntArrayRef shape) {
   check_same_device(kOp, name, tensor, x);
   check_shape(kOp, name, tensor, shape);
-}
-
-void check_positive(const char* name, float scale) {
-  TORCH_CHECK_VALUE(scale > 0 && scale <= std::numeric_limits<float>::max(), kOp, ": ", name,
-                    " must be positive, got ", scale);
 }
 
 // On the CPU in chunks, where NaN and Inf are errors.
@@ -104,7 +99,7 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
     if (x.is_cpu() && grid.scale->numel() == 1) {
       q.scale = *grid.scale->const_data_ptr<float>();
       q.zero_point = *grid.zero_point->const_data_ptr<float>();
-      check_positive("input_scale", q.scale);
+      check_positive(kOp, "input_scale", q.scale);
       a.scale = at::empty({rows}, floats);
       a.zero = at::empty({rows}, floats);
       std::fill_n(a.scale.mutable_data_ptr<float>(), rows, q.scale);
@@ -123,79 +118,6 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   }
   quantize_all(q, x);
   return a;
-}
-
-// The grid of the codes that take the place of outputs, where one is given: one number or one for
-// each of equal parts of the outputs.
-class OutputGrid {
- public:
-  OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional<at::Tensor>& scale,
-             const std::optional<at::Tensor>& zero_point, int64_t bits);
-
-  bool given() const { return scale_.defined(); }
-  void apply_to(PackedProduct& product, const at::Tensor& codes) const;
-  at::Tensor codes_of(const at::Tensor& values) const;
-
- private:
-  void check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
-             int64_t outputs) const;
-
-  at::Tensor scale_, zero_point_;  // contiguous; on CUDA one for each output
-  int64_t bits_;
-  std::optional<CodeGrid> on_cpu_;
-};
-
-void OutputGrid::check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
-                       int64_t outputs) const {
-  TORCH_CHECK_TYPE(numbers.scalar_type() == at::kFloat, kOp, ": ", name, " must be float32, got ",
-                   numbers.scalar_type());
-  check_same_device(kOp, name, numbers, x);
-  const int64_t parts = scale_.numel();
-  TORCH_CHECK_VALUE(numbers.numel() == parts && parts > 0 && outputs % parts == 0, kOp, ": ", name,
-                    " must be one number, or one for each of equal parts of the ", outputs,
-                    " outputs, got ", numbers.sizes());
-}
-
-OutputGrid::OutputGrid(const at::Tensor& x, int64_t outputs, const std::optional<at::Tensor>& scale,
-                       const std::optional<at::Tensor>& zero_point, int64_t bits)
-    : bits_(bits) {
-  TORCH_CHECK_VALUE(scale.has_value() == zero_point.has_value(), kOp,
-                    ": output_scale and output_zero_point must be given together");
-  if (!scale.has_value()) return;
-  check_bits(kOp, bits);
-  scale_ = scale->contiguous();
-  zero_point_ = zero_point->contiguous();
-  check("output_scale", scale_, x, outputs);
-  check("output_zero_point", zero_point_, x, outputs);
-  const int64_t parts = scale_.numel();
-  if (x.is_cuda()) {
-    const auto spread = [&](const at::Tensor& numbers) {
-      return numbers.reshape({parts, 1}).repeat({1, outputs / parts}).reshape({outputs});
-    };
-    scale_ = spread(scale_);
-    zero_point_ = spread(zero_point_);
-    return;
-  }
-  std::vector<Grid> grids;
-  for (int64_t i = 0; i < parts; ++i) {
-    grids.push_back({scale_.const_data_ptr<float>()[i], zero_point_.const_data_ptr<float>()[i]});
-    check_positive("output_scale", grids.back().scale);
-  }
-  on_cpu_.emplace(outputs, grids, bits);
-}
-
-void OutputGrid::apply_to(PackedProduct& product, const at::Tensor& codes) const {
-  product.codes = codes.mutable_data_ptr<uint8_t>();
-  if (on_cpu_.has_value()) return on_cpu_->apply_to(product);
-  product.code_scale = scale_.const_data_ptr<float>();
-  product.code_zero_point = zero_point_.const_data_ptr<float>();
-  product.max_code = max_code_of(bits_);
-}
-
-// to_code in ATen's operators, on CUDA.
-at::Tensor OutputGrid::codes_of(const at::Tensor& values) const {
-  const at::Tensor x = values.to(at::kFloat).div(scale_).add_(zero_point_);
-  return x.clamp_(0, max_code_of(bits_)).nan_to_num_(0).round_().to(at::kByte);
 }
 
 // Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
@@ -250,7 +172,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   if (bias.has_value()) check_float(x, "bias", *bias, {out_features});
   if (residual.has_value()) check_float(x, "residual", *residual, shape);
   const Epilogue epilogue = parse_epilogue(kOp, activation);
-  const OutputGrid output(x, out_features, output_scale, output_zero_point, output_bits);
+  const OutputGrid output(kOp, x, out_features, output_scale, output_zero_point, output_bits);
   const bool codes = x.scalar_type() == at::kByte;
   const int64_t count = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
   const bool floats = x.is_cuda() && input.dynamic() && input_bits == 16 && takes_floats(x, count);

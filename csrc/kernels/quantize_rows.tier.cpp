@@ -1,10 +1,11 @@
-#include <csrc/kernels/integers.h>
+#include <csrc/kernels/conv_vectors.h>
 #include <csrc/kernels/linear.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
 // Inputs 0 2 1 3 of every four, as 16-bit dot products of bytes' even and odd halves want them.
+void interleave(int8_t*, int64_t) {}
 void interleave(int16_t* a, int64_t count) {
   for (int64_t i = 0; i < count; i += 4) {
     const int16_t second = a[i + 1];
@@ -13,46 +14,71 @@ void interleave(int16_t* a, int64_t count) {
   }
 }
 
-template <class To>
-void quantize_row(const QuantizeRows& q, const IntegerGrid& grid, int64_t row, To* a) {
+// One row: what `integers(from, count, to)` makes of each group's inputs, then zeros.
+template <class Input, class To, class Integers>
+inline __attribute__((always_inline)) void fill_row(const QuantizeRows& q, int64_t row,
+                                                    const Input* x, To* a,
+                                                    const Integers& integers) {
   const BlockLayout& layout = q.layout;
+  x += row * layout.columns;
+  a += row * layout.blocks * kBlockInputs;
   for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t first = row * layout.columns + g * layout.group_size;
     const int64_t count = layout.group_columns(g);
-    q.sums[row * layout.groups + g] = q.codes != nullptr
-                                          ? integers_of(grid, q.codes + first, count, a)
-                                          : integers_of(grid, q.x + first, count, a);
     const int64_t padded = layout.blocks_of_group(g) * kBlockInputs;
+    integers(x + g * layout.group_size, count, a);
     for (int64_t i = count; i < padded; ++i) a[i] = 0;
-    if constexpr (sizeof(To) == 2) interleave(a, padded);
+    q.sums[row * layout.groups + g] = sum_of(a, padded);
+    interleave(a, padded);
     a += padded;
   }
 }
 
-// The scale of the integers, and how values become them.
-float grid_of_row(const QuantizeRows& q, int64_t row, IntegerGrid& grid) {
-  grid = {q.scale, 0.0f, q.zero_point, q.max_code, q.shift};
-  if (q.x == nullptr) return q.scale;
-  const int32_t bits = magnitude_bits(q.x + row * q.layout.columns, q.layout.columns);
-  if (bits > kFiniteBits) *q.finite = false;
-  if (q.scale != 0.0f) return q.scale;
-  const float largest = bits > kFiniteBits ? 0.0f : __builtin_bit_cast(float, bits);
-  const SymmetricScale symmetric = symmetric_scale(largest, q.limit);
-  grid.factor = symmetric.factor;
-  return symmetric.scale;
+template <class To>
+void from_codes(const QuantizeRows& q, To* a) {
+  const int32_t shift = q.shift;
+  for (int64_t row = 0; row < q.rows; ++row)
+    fill_row(q, row, q.codes, a, [shift](const uint8_t* codes, int64_t count, To* to) {
+      code_integers(codes, shift, count, to);
+    });
+}
+
+template <class To>
+void on_grid(const QuantizeRows& q, To* a) {
+  Floats noted{};
+  with_integers({q.scale, 0.0f, q.zero_point, q.max_code, q.shift}, [&](const auto& integers) {
+    for (int64_t row = 0; row < q.rows; ++row)
+      fill_row(q, row, q.x, a, [&](const float* x, int64_t count, To* to) {
+        noted = value_integers(integers, noted, x, count, to);
+      });
+  });
+  if (!all_finite(noted)) *q.finite = false;
+}
+
+template <class To>
+void on_grids_of_rows(const QuantizeRows& q, To* a) {
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const int32_t bits = magnitude_bits(q.x + row * q.layout.columns, q.layout.columns);
+    if (bits > kFiniteBits) *q.finite = false;
+    const float largest = bits > kFiniteBits ? 0.0f : __builtin_bit_cast(float, bits);
+    const SymmetricScale symmetric = symmetric_scale(largest, q.limit);
+    q.a_scale[row] = symmetric.scale;
+    const SymmetricIntegers integers(symmetric.factor);
+    fill_row(q, row, q.x, a, [&](const float* x, int64_t count, To* to) {
+      value_integers(integers, Floats{}, x, count, to);
+    });
+  }
+}
+
+template <class To>
+void quantize(const QuantizeRows& q, To* a) {
+  if (q.codes != nullptr) return from_codes(q, a);
+  q.scale != 0.0f ? on_grid(q, a) : on_grids_of_rows(q, a);
 }
 
 }  // namespace
 
 void quantize_rows(const QuantizeRows& q) {
-  const int64_t depth = q.layout.blocks * kBlockInputs;
-  for (int64_t row = 0; row < q.rows; ++row) {
-    IntegerGrid grid;
-    const float scale = grid_of_row(q, row, grid);
-    if (q.a_scale != nullptr) q.a_scale[row] = scale;
-    q.wide != nullptr ? quantize_row(q, grid, row, q.wide + row * depth)
-                      : quantize_row(q, grid, row, q.narrow + row * depth);
-  }
+  q.wide != nullptr ? quantize(q, q.wide) : quantize(q, q.narrow);
 }
 
 }  // namespace torchquant::TORCHQUANT_TIER

@@ -151,6 +151,8 @@ std::map<std::string, Tensors> run_packed() {
               call("quantized_conv2d", {x, weight, grid}, joined(sizes, input));
           results[name + " codes"] =
               call("quantized_conv2d", {c, weight, grid}, joined(sizes, input));
+          results[name + " codes to codes"] =
+              call("quantized_conv2d", {c, weight, grid}, joined(joined(sizes, input), output));
         }
       }
     }

@@ -71,6 +71,9 @@ def quantized_conv2d(
     input_zero_point: Tensor | None = None,
     input_bits: int = 8,
     activation: str = "none",
+    output_scale: Tensor | None = None,
+    output_zero_point: Tensor | None = None,
+    output_bits: int = 8,
 ) -> Tensor:
     """``y = f(conv2d(x, W) + b)`` with x as integers: exact integer sums, the same bits on every tier and for any
     number of threads.
@@ -90,9 +93,13 @@ def quantized_conv2d(
         input_scale, input_zero_point: float32.
         input_bits: 8 or 16 without ``input_scale``, else 2..8.
         activation: ``"none"``, ``"gelu"`` (exact, erf) or ``"silu"``.
+        output_scale, output_zero_point: float32 ``[]``: the outputs become their codes on this grid, those that
+            `torchquant.quantizers.uniform_quantize` gives of the float32 outputs (NaN becomes 0).
+        output_bits: 2..8, of these codes.
 
     Returns:
-        ``[B, N, H', W']`` in x's dtype (float32 for codes); channels_last where x is.
+        ``[B, N, H', W']`` in x's dtype (float32 for codes), channels_last where x is; with ``output_scale`` uint8
+        codes, channels_last.
 
     Raises:
         ValueError: wrong shapes, bits or activation, a scale that is not positive, or a NaN or Inf in x.
@@ -117,6 +124,9 @@ def quantized_conv2d(
         input_zero_point=input_zero_point,
         input_bits=input_bits,
         activation=activation,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        output_bits=output_bits,
     )
 
 
@@ -154,10 +164,12 @@ def _(  # type: ignore[no-untyped-def]
     stride=(1, 1),
     padding=(0, 0),
     dilation=(1, 1),
+    output_scale=None,
     **options,
 ):
     both = (2 * padding[0], 2 * padding[1]) if len(padding) == 2 else (padding[0] + padding[1], padding[2] + padding[3])
     sizes = [(x.shape[2 + i] + both[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
-    y = x.new_empty((x.shape[0], out_channels, *sizes), dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    y = x.new_empty((x.shape[0], out_channels, *sizes), dtype=dtype if output_scale is None else torch.uint8)
+    last = output_scale is not None or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
     return y.contiguous(memory_format=torch.channels_last) if last else y

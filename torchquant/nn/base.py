@@ -34,6 +34,9 @@ class QuantizedLayer(nn.Module):
 
     Where the layer has packed kernels, ``kernel_weight`` and ``kernel_grid`` are the same weight in the order in which
     they read it, the same on every device; they follow from the other buffers and are in no state_dict.
+
+    With ``output_scale`` and ``output_zero_point`` (see :func:`torchquant.pass_codes_`) the packed kernel gives uint8
+    codes of ``output_activation`` of its outputs on this grid, which the next layer takes as they are.
     """
 
     weight_packed: Tensor
@@ -43,6 +46,8 @@ class QuantizedLayer(nn.Module):
     float_like: Tensor
     kernel_weight: Tensor
     kernel_grid: Tensor
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
     __jit_unused_properties__ = ("weight",)
 
     def __init__(self, rows: int, columns: int, shape: tuple[int, ...], bits: int, group_size: int, bias: bool) -> None:
@@ -59,6 +64,9 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("float_like", torch.zeros(0), persistent=False)
         self.register_buffer("kernel_weight", torch.zeros(0, dtype=torch.uint8), persistent=False)
         self.register_buffer("kernel_grid", torch.zeros(0), persistent=False)
+        self.register_buffer("output_scale", None, persistent=False)
+        self.register_buffer("output_zero_point", None, persistent=False)
+        self.output_bits, self.output_activation = 8, "none"
 
     def fill(self, module: nn.Module, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Take over codes and grid, and the float layer's bias, dtype, device and mode."""
@@ -89,10 +97,25 @@ class QuantizedLayer(nn.Module):
         return codes, None if symmetric else self.weight_zero_point
 
     def kernel_runs(self, x: Tensor) -> bool:
-        """Whether the packed kernel can take ``x``: it is there, knows the dtype, and nobody wants a gradient."""
+        """Whether the packed kernel can take ``x`` (uint8: codes of ``input_grid``): it is there, knows the dtype, and
+        nobody wants a gradient."""
         if self.kernel_weight.numel() == 0 or gradient_wanted(x):
             return False
-        return x.dtype == torch.float32 or x.dtype == torch.float16 or x.dtype == torch.bfloat16
+        floats = x.dtype == torch.float32 or x.dtype == torch.float16 or x.dtype == torch.bfloat16
+        return floats or x.dtype == torch.uint8
+
+    def gives_codes(self) -> bool:
+        return self.output_scale is not None and not self.training
+
+    def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """Scale, zero point and bits of the input quantizer, where it has one grid for everything."""
+        quantizer = self.input_quantizer
+        if quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
+            if hasattr(quantizer, "zero_point"):
+                scale, zero_point = quantizer.scale, quantizer.zero_point
+                if scale.numel() == 1:
+                    return scale, zero_point, quantizer.bits
+        return None, None, 8
 
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -122,11 +145,13 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         scale, zero_point, grid = self.weight_scale, self.weight_zero_point, self.kernel_grid
+        outputs = self.output_scale, self.output_zero_point
         super()._apply(fn, recurse)
         device = self.weight_packed.device
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale, self.weight_zero_point = scale.to(device), zero_point.to(device)
             self.kernel_grid = grid.to(device)
+            self.output_scale, self.output_zero_point = (None if t is None else t.to(device) for t in outputs)
         if device != grid.device:
             if not self.kernel_fits(device):
                 self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), self.kernel_grid.new_empty(0)

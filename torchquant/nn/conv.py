@@ -131,8 +131,9 @@ class QConv2d(_QConv):
             sides = self.prepad
         return [sides[2] + height, sides[3] + height, sides[0] + width, sides[1] + width]
 
-    def product(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
-        return torch.ops.torchquant.quantized_conv2d(
+    def packed(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, input_bits: int) -> Tensor:
+        codes = self.gives_codes()
+        y = torch.ops.torchquant.quantized_conv2d(
             x,
             self.kernel_weight,
             self.kernel_grid,
@@ -149,20 +150,30 @@ class QConv2d(_QConv):
             input_scale=scale,
             input_zero_point=zero_point,
             input_bits=input_bits,
+            activation=self.output_activation if codes else "none",
+            output_scale=self.output_scale if codes else None,
+            output_zero_point=self.output_zero_point if codes else None,
+            output_bits=self.output_bits,
         )
+        return y if codes else y.to(self.float_like.dtype if x.dtype == torch.uint8 else x.dtype)
 
     def reflected(self, x: Tensor) -> Tensor:
         """Padding that repeats pixels, which gives the same codes before the quantizer as after it."""
         return x if self.prepad_mode == "same" or self.prepad_mode == "constant" else self.pad(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """uint8 ``x``: the codes of ``input_grid``. The output, too, where ``gives_codes``."""
         if x.dim() == 4 and self.kernel_runs(x):
-            if self.input_quantizer is None:
-                return self.product(self.reflected(x), None, None, 16)
+            if x.dtype == torch.uint8:
+                scale, zero_point, bits = self.input_grid()
+                return self.packed(self.reflected(x), scale, zero_point, bits)
+            elif self.input_quantizer is None:
+                return self.packed(self.reflected(x), None, None, 16)
             elif self.input_quantizer.is_integer():
                 integers, scale, zero_point = self.input_quantizer.for_kernel(self.reflected(x))
                 if scale.numel() == 1:
-                    return self.product(integers, scale, zero_point, self.input_quantizer.bits).to(x.dtype)
+                    y = self.packed(integers, scale, zero_point, self.input_quantizer.bits)
+                    return y if self.gives_codes() else y.to(x.dtype)
         weight = self.conv_weight().to(x.dtype)
         return F.conv2d(self.padded(x), weight, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
 

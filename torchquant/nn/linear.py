@@ -54,23 +54,13 @@ class QLinear(QuantizedLayer):
             )
 
     def runs_packed(self, x: Tensor) -> bool:
-        """Whether ``forward`` takes the packed kernel for float ``x``."""
+        """Whether ``forward`` takes the packed kernel for ``x``."""
         quantizer = self.input_quantizer  # looked up once: submodules and buffers are found slowly
         if not self.kernel_runs(x):
             return False
-        elif quantizer is None:
+        elif quantizer is None or x.dtype == torch.uint8:
             return True
         return quantizer.is_integer()
-
-    def input_grid(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """Scale, zero point and bits of the input quantizer, where it has one grid for everything."""
-        quantizer = self.input_quantizer
-        if quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
-            if hasattr(quantizer, "zero_point"):
-                scale, zero_point = quantizer.scale, quantizer.zero_point
-                if scale.numel() == 1:
-                    return scale, zero_point, quantizer.bits
-        return None, None, 8
 
     def packed(
         self,
@@ -109,8 +99,12 @@ class QLinear(QuantizedLayer):
         return y if output_scale is not None else y.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """uint8 ``x``: the codes of ``input_grid``."""
+        """uint8 ``x``: the codes of ``input_grid``. The output, too, where ``gives_codes``."""
         if x.dtype == torch.uint8 or self.runs_packed(x):
+            if self.gives_codes():
+                return self.packed(
+                    x, self.output_activation, self.output_scale, self.output_zero_point, self.output_bits
+                )
             return self.packed(x)
         x = self.quantized_input(x)
         return F.linear(x, self.matrix().to(x.dtype), self.bias_for(x))

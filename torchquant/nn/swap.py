@@ -60,17 +60,21 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the with block raises, every module, parameter and buffer is back in its place.
+    """If the with block raises, every module, parameter, buffer and attribute is back in its place.
 
     By reference: what a step changes it replaces, and writes into no tensor that was there before.
     """
     owned = ("_modules", "_parameters", "_buffers")
-    before = [(module, {key: dict(module.__dict__[key]) for key in owned}) for module in model.modules()]
+    before = [
+        (module, {key: dict(value) if key in owned else value for key, value in module.__dict__.items()})
+        for module in model.modules()
+    ]
     try:
         yield
     except BaseException:
         for module, parts in before:
-            for key, values in parts.items():
+            for key in owned:
                 module.__dict__[key].clear()
-                module.__dict__[key].update(values)
+                module.__dict__[key].update(parts.pop(key))
+            module.__dict__.update(parts)
         raise
