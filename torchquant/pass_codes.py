@@ -57,7 +57,7 @@ def pass_codes_(model: nn.Module, example: Any) -> list[str]:
         for link in links:
             link.maker.output_scale, link.maker.output_zero_point, link.maker.output_bits = link.grid
             link.maker.output_activation = link.activation
-        between = {module for link in links for module in link.between if type(module) not in UNCHANGED}
+        between = {module for link in links for module in link.between if is_activation(module)}
         swap_modules(model, {module: PassingCodes(module).eval() for module in between})
         for wanted, got in zip(before, outputs_of(model, example), strict=True):
             if not (got.float() - wanted.float()).norm() <= TOLERANCE * wanted.float().norm():
@@ -88,7 +88,7 @@ class Link:
 
 
 def is_part(module: nn.Module) -> bool:
-    return isinstance(module, (*MAKERS, *READERS, *UNCHANGED)) or is_activation(module)
+    return isinstance(module, (*MAKERS, *READERS, *UNCHANGED, PassingCodes)) or is_activation(module)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -113,11 +113,23 @@ def link_of(flow: Dataflow, call: Call) -> Link | None:
     while reader is not None and not isinstance(reader.module, READERS):
         between.append(reader.module)
         call, reader = reader, flow.only_reader(reader)
-    grids = [None if reader is None else grid_of(reader.module) for reader in flow.readers(call)]
-    if not grids or any(grid is None or not same(grid, grids[0]) for grid in grids):
+    grid = common_grid([None if reader is None else reader.module for reader in flow.readers(call)])
+    if grid is None:
         return None
-    activation = activation_of([module for module in between if is_activation(module)], grids[0])
-    return None if activation is None else Link(maker, tuple(between), grids[0], activation)
+    functions = [module.module if isinstance(module, PassingCodes) else module for module in between]
+    activation = activation_of([function for function in functions if is_activation(function)], grid)
+    return None if activation is None else Link(maker, tuple(between), grid, activation)
+
+
+def common_grid(modules: list[nn.Module | None]) -> Grid | None:
+    """The grid of the codes that all of them take."""
+    common: Grid | None = None
+    for module in modules:
+        grid = grid_of(module)
+        if grid is None or (common is not None and not same(grid, common)):
+            return None
+        common = grid
+    return common
 
 
 def same(a: Grid, b: Grid) -> bool:

@@ -9,7 +9,7 @@ from recipes.small_vit import calibration, network
 from torch import nn
 
 import torchquant
-from torchquant import Activations, quantize_
+from torchquant import Activations, pass_codes_, quantize_
 from torchquant.demo.digits_vit import DigitsViT
 from torchquant.nn import QLinear, from_float
 from torchquant.nn.quantizers import DynamicQuantizer, SubsetQuantizer, TableQuantizer, UniformQuantizer
@@ -131,9 +131,12 @@ class Depthwise(nn.Module):
         return self.head(self.depthwise(self.stem(x)))
 
 
-def test_cnn_w8a8_with_a_depthwise_convolution(tmp_path):
+@pytest.mark.parametrize("codes_pass", [False, True])
+def test_cnn_w8a8_with_a_depthwise_convolution(tmp_path, codes_pass):
     model, path = small_models.make(Depthwise).eval(), tmp_path / "model.onnx"
     quantize_(model, "W8A8", small_models.pictures(), method="rtn", progress=False)
+    if codes_pass:  # inside of torch: a file says where values have codes, and its reader decides
+        assert pass_codes_(model, small_models.pictures()[0]) == ["stem", "depthwise"]
     assert len(model.depthwise.weight_zero_point.unique()) > 1  # each channel has a zero point of its own
     x = small_models.pictures()[0]
     graph = export(model, path, x)
