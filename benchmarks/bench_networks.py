@@ -157,11 +157,21 @@ def ours(network: Network, name: str, folder: Path) -> Candidate:
         model, scheme, [network.calibration], method="rtn", activations=activations, progress=False,
         max_tokens=MAX_TOKENS,
     )  # fmt: skip
+    reference = unpacked(model)
+    torchquant.pass_codes_(model, network.calibration[:1])
     torchquant.save(model, folder / "ours")
     size = sum(file.stat().st_size for file in (folder / "ours").iterdir())
     memory = torch.channels_last if name.endswith(LAST) else torch.contiguous_format
-    run = torch.jit.freeze(torch.jit.script(model)) if name.endswith(SCRIPTED) else model
-    return Candidate(eager(run, memory=memory), size, tensor_bytes(model), unpacked(model), name)
+    run = torchscript(model, network.calibration[:2]) if name.endswith(SCRIPTED) else model
+    return Candidate(eager(run, memory=memory), size, tensor_bytes(model), reference, name)
+
+
+def torchscript(model: nn.Module, example: Tensor) -> nn.Module:
+    """Frozen; traced where its own code is none that TorchScript compiles."""
+    try:
+        return torch.jit.freeze(torch.jit.script(model))
+    except RuntimeError:
+        return torch.jit.freeze(torch.jit.trace(model, example))
 
 
 def float32(network: Network, folder: Path) -> Candidate:
@@ -289,7 +299,7 @@ def efficientnet_lite0() -> Network:
     from torchquant.demo import efficientnet
 
     pictures = efficientnet.crops(efficientnet.CALIBRATION_PICTURES, CALIBRATION_CROPS, seed=0)
-    schemes: dict[str, Any] = {f"{s}{form}": (s, None) for form in ("", LAST) for s in ("W8A8", "W4A8")}
+    schemes: dict[str, Any] = {f"{s}{form}": (s, None) for form in ("", LAST, SCRIPTED) for s in ("W8A8", "W4A8")}
     peers: dict[str, Any] = {
         FLOAT32: ("float32", float32),
         "torch float32, BatchNorm folded": ("float", folded),

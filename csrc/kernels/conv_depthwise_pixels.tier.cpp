@@ -249,11 +249,16 @@ inline __attribute__((always_inline)) void run_pixels(const DepthwisePixels& d, 
   }
   if (d.epilogue != Epilogue::none)
     for (int v = 0; v < V; ++v) values[v] = activated(d.epilogue, values[v]);
-  const int64_t to = (y * s.out.w + x) * s.outputs + block.lane, left = d.channels - block.lane;
+  const int64_t step = s.outputs, to = (y * s.out.w + x) * step + block.lane;
+  const int64_t left = d.channels - block.lane;
+  const Store own =
+      target;  // copied: bytes that are stored could change what is behind a reference
+  if (left >= kStep) {
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v)
-    left >= kStep ? target.whole(values[v], to + v * s.outputs)
-                  : target.some(values[v], to + v * s.outputs, left);
+    for (int v = 0; v < V; ++v) own.whole(values[v], to + v * step);
+  } else {
+    for (int v = 0; v < V; ++v) own.some(values[v], to + v * step, left);
+  }
 }
 
 template <int V, int kStride, bool kDot, class Store>
