@@ -134,7 +134,9 @@ class OutputGrid {
 
   bool given() const { return scale_.defined(); }
   void apply_to(PackedProduct& product, const at::Tensor& codes) const;
-  at::Tensor codes_of(const at::Tensor& values) const;
+  at::Tensor codes(const at::Tensor& values) const {  // on CUDA
+    return codes_of(values, scale_, zero_point_, bits_);
+  }
 
  private:
   void check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
@@ -190,12 +192,6 @@ void OutputGrid::apply_to(PackedProduct& product, const at::Tensor& codes) const
   product.code_scale = scale_.const_data_ptr<float>();
   product.code_zero_point = zero_point_.const_data_ptr<float>();
   product.max_code = max_code_of(bits_);
-}
-
-// to_code in ATen's operators, on CUDA.
-at::Tensor OutputGrid::codes_of(const at::Tensor& values) const {
-  const at::Tensor x = values.to(at::kFloat).div(scale_).add_(zero_point_);
-  return x.clamp_(0, max_code_of(bits_)).nan_to_num_(0).round_().to(at::kByte);
 }
 
 // Rows and panels of outputs are cut into tasks; a small product stays on the calling thread.
@@ -256,7 +252,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const bool floats = x.is_cuda() && input.dynamic() && input_bits == 16 && takes_floats(x, count);
   if (floats && !takes_packed_weight(x, count)) {
     const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
-    return output.given() ? output.codes_of(y) : y;
+    return output.given() ? output.codes(y) : y;
   }
   const at::Tensor rows = as_rows(x, in_features, codes || floats);
   const auto type = output.given() ? at::kByte : floats ? x.scalar_type() : at::kFloat;
