@@ -1,5 +1,5 @@
-// Vectors of the tier's width for the depthwise kernels: integers of values, pairs of 16-bit
-// integers and the sums of their products.
+// Vectors of the tier's width for the depthwise kernels and LayerNorm: integers of values, pairs of
+// 16-bit integers and the sums of their products.
 #pragma once
 #include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear_float.h>
@@ -105,6 +105,18 @@ inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// a * b + c, rounded once.
+inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int64_t i = 0; i < kVectorLanes; ++i) c[i] = torchquant::fused(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
 // round_to_integer(x) - shift, from the bits that its sum leaves.
 inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
   const float kMagic = 12582912.0f;
@@ -153,14 +165,6 @@ struct GridIntegersByProducts : GridIntegers {
     return of_quotient(fused(remainder, high, quotient));
   }
 
-  static inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512BW__)
-    return _mm512_fmadd_ps(a, b, c);
-#else
-    return _mm256_fmadd_ps(a, b, c);
-#endif
-  }
-
   const Reciprocal reciprocal;
 };
 #endif
@@ -195,7 +199,10 @@ inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
   const __m128i upper = _mm256_extracti128_si256((__m256i)integers, 1);
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)integers), upper);
   if constexpr (sizeof(To) == 1) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+    constexpr bool kSigned = static_cast<To>(-1) < 0;
+    const __m128i bytes =
+        kSigned ? _mm_packs_epi16(halves, halves) : _mm_packus_epi16(halves, halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
   } else {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
   }

@@ -38,10 +38,10 @@ Grid grid_of(const at::Tensor& scale, const at::Tensor& zero_point) {
   return grid;
 }
 
-// float32 numbers, `missing` where there are none.
+// float32 numbers as the leaf reads them, `missing` where there are none.
 std::vector<float> numbers_of(const std::optional<at::Tensor>& given, int64_t count,
                               float missing) {
-  std::vector<float> numbers(static_cast<size_t>(count), missing);
+  std::vector<float> numbers(static_cast<size_t>(padded(count, kNormLanes)), missing);
   if (given.has_value()) {
     const at::Tensor floats = given->to(at::kFloat).contiguous();
     std::copy_n(floats.const_data_ptr<float>(), count, numbers.data());

@@ -11,12 +11,14 @@
 
 namespace torchquant {
 
+constexpr int64_t kNormLanes = 32;  // of sums over a row
+
 struct LayerNormRows {
   int64_t rows;
   int64_t columns;
   const float* x;       // [rows, columns]
-  const float* weight;  // [columns]
-  const float* bias;    // [columns]
+  const float* weight;  // [columns rounded up to kNormLanes]
+  const float* bias;    // the same
   float eps;
   Grid grid;
   float max_code;
