@@ -168,6 +168,14 @@ class PackedConv(nn.Module):
         )
 
 
+class LayerNorm(nn.Module):
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        scale, zero_point = torch.ops.torchquant.uniform_fit(rows, bits=6)
+        return torch.ops.torchquant.quantized_layer_norm(
+            rows, weight[0], weight[1], output_scale=scale, output_zero_point=zero_point, output_bits=6, eps=1e-6
+        )
+
+
 # What each program deploys. An operator that is in none of them fails test_every_operator_is_deployed.
 PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Gram: ("gram_accumulate_",),
@@ -188,6 +196,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Pack: ("pack_codes", "unpack_codes"),
     PackedLinear: ("linear_prepack", "quantized_linear"),
     PackedConv: ("conv_prepack", "quantized_conv2d"),
+    LayerNorm: ("quantized_layer_norm",),
 }
 COMPILED = (Gram, COMQ, Errors)  # seconds each
 programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)

@@ -32,4 +32,10 @@ void CodeGrid::apply_to(PackedProduct& product) const {
   product.max_code = max_code_;
 }
 
+at::Tensor codes_of(const at::Tensor& values, const at::Tensor& scale, const at::Tensor& zero_point,
+                    int64_t bits) {
+  const at::Tensor x = values.to(at::kFloat).div(scale).add_(zero_point);
+  return x.clamp_(0, max_code_of(bits)).nan_to_num_(0).round_().to(at::kByte);
+}
+
 }  // namespace torchquant

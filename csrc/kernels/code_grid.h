@@ -1,6 +1,7 @@
-// Outputs of packed products as codes, on the CPU: the grid of every output where the kernels read
-// it.
+// Outputs as codes: for packed products on the CPU the grid of every output where the kernels read
+// it; and for values that are there already.
 #pragma once
+#include <ATen/core/Tensor.h>
 #include <csrc/kernels/integers.h>
 #include <csrc/kernels/linear.h>
 
@@ -25,5 +26,9 @@ class CodeGrid {
   float max_code_;
   std::vector<float> numbers_;  // [4, stride]: scale, zero point, reciprocal of scale in two parts
 };
+
+// to_code in ATen's operators; grids broadcast to the values.
+at::Tensor codes_of(const at::Tensor& values, const at::Tensor& scale, const at::Tensor& zero_point,
+                    int64_t bits);
 
 }  // namespace torchquant

@@ -134,7 +134,7 @@ at::Tensor quantized_conv2d(
   }
   at::Tensor out = output.out;
   if (grid_of_codes.given())
-    out = codes ? out : grid_of_codes.codes_of(out);
+    out = codes ? out : grid_of_codes.codes(out);
   else if (x.scalar_type() != at::kByte)
     out = out.to(x.scalar_type());
   return channels_last ? out.contiguous(at::MemoryFormat::ChannelsLast) : out;

@@ -105,6 +105,18 @@ inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// a * b + c, rounded once.
+inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int64_t i = 0; i < kVectorLanes; ++i) c[i] = torchquant::fused(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
 // round_to_integer(x) - shift, from the bits that its sum leaves.
 inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
   const float kMagic = 12582912.0f;
@@ -152,14 +164,6 @@ struct GridIntegersByProducts : GridIntegers {
     return of_quotient(fused(remainder, high, quotient));
   }
 
-  static inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512BW__)
-    return _mm512_fmadd_ps(a, b, c);
-#else
-    return _mm256_fmadd_ps(a, b, c);
-#endif
-  }
-
   const Reciprocal reciprocal;
 };
 #endif
@@ -194,9 +198,10 @@ inline __attribute__((always_inline)) void store_narrow(Ints integers, To* to) {
   const __m128i upper = _mm256_extracti128_si256((__m256i)integers, 1);
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)integers), upper);
   if constexpr (sizeof(To) == 1) {
-    const bool codes = static_cast<To>(-1) > 0;
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
-                     codes ? _mm_packus_epi16(halves, halves) : _mm_packs_epi16(halves, halves));
+    constexpr bool kSigned = static_cast<To>(-1) < 0;
+    const __m128i bytes =
+        kSigned ? _mm_packs_epi16(halves, halves) : _mm_packus_epi16(halves, halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
   } else {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
   }

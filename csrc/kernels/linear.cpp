@@ -178,7 +178,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const bool floats = x.is_cuda() && input.dynamic() && input_bits == 16 && takes_floats(x, count);
   if (floats && !takes_packed_weight(x, count)) {
     const at::Tensor y = linear_in_floats(x, weight.view(), bias, epilogue, residual);
-    return output.given() ? output.codes_of(y) : y;
+    return output.given() ? output.codes(y) : y;
   }
   const at::Tensor rows = as_rows(x, in_features, codes || floats);
   const auto type = output.given() ? at::kByte : floats ? x.scalar_type() : at::kFloat;

@@ -61,10 +61,4 @@ void OutputGrid::apply_to(PackedProduct& product, const at::Tensor& codes) const
   product.max_code = max_code_of(bits_);
 }
 
-// to_code in ATen's operators, on CUDA.
-at::Tensor OutputGrid::codes_of(const at::Tensor& values) const {
-  const at::Tensor x = values.to(at::kFloat).div(scale_).add_(zero_point_);
-  return x.clamp_(0, max_code_of(bits_)).nan_to_num_(0).round_().to(at::kByte);
-}
-
 }  // namespace torchquant

@@ -22,7 +22,9 @@ class OutputGrid {
   int64_t parts() const { return on_cpu_->parts(); }  // for the CPU, as what follows
   IntegerGrid integer_grid() const { return on_cpu_->integer_grid(); }  // of the first output
   void apply_to(PackedProduct& product, const at::Tensor& codes) const;
-  at::Tensor codes_of(const at::Tensor& values) const;
+  at::Tensor codes(const at::Tensor& values) const {
+    return codes_of(values, scale_, zero_point_, bits_);
+  }
 
  private:
   void check(const char* name, const at::Tensor& numbers, const at::Tensor& x,

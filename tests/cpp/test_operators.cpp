@@ -94,7 +94,7 @@ const std::vector<std::vector<int64_t>> kShapes = {{1, 1, 0},    {1, 7, 0},    {
                                                    {3, 17, 5},   {33, 64, 16}, {65, 130, 0},
                                                    {40, 200, 48}};  // N, K, group size
 
-// Packed layers and attention of odd sizes: floats, grids and codes on both sides.
+// Packed layers, attention and LayerNorm of odd sizes: floats, grids and codes on both sides.
 std::map<std::string, Tensors> run_packed() {
   at::manual_seed(1);
   const auto codes = [](at::IntArrayRef shape, int64_t levels) {
@@ -175,6 +175,14 @@ std::map<std::string, Tensors> run_packed() {
         "quantized_attention",
         {codes({2, rows, width}, 256), codes({2, keys, width}, 256), codes({2, keys, width}, 256)},
         joined(grids, output));
+  }
+  for (const auto& [rows, columns] :
+       std::vector<std::array<int64_t, 2>>{{1, 1}, {3, 31}, {7, 32}, {600, 97}}) {
+    for (const auto type : {at::kFloat, at::kHalf, at::kBFloat16}) {
+      const at::Tensor x = at::randn({rows, columns}).to(type);
+      results["LayerNorm of " + std::to_string(columns) + " columns, " + c10::toString(type)] =
+          call("quantized_layer_norm", {x, at::rand({columns}), at::randn({columns})}, output);
+    }
   }
   return results;
 }

@@ -1,5 +1,6 @@
 from .attention import quantized_attention
 from .conv import conv_prepack, quantized_conv2d
+from .layer_norm import quantized_layer_norm
 from .linear import linear_prepack, quantized_linear
 from .pack import pack_codes, unpack_codes
 
@@ -9,6 +10,7 @@ __all__ = [
     "pack_codes",
     "quantized_attention",
     "quantized_conv2d",
+    "quantized_layer_norm",
     "quantized_linear",
     "unpack_codes",
 ]

@@ -3,6 +3,7 @@
 from .attention_product import QAttention
 from .base import QuantizedLayer
 from .conv import QConv1d, QConv2d, QConv3d, QConvTranspose2d
+from .layer_norm import QLayerNorm
 from .linear import QLinear
 from .rewrite import rewrite_attention
 from .swap import from_float, swap_modules
@@ -13,6 +14,7 @@ __all__ = [
     "QConv2d",
     "QConv3d",
     "QConvTranspose2d",
+    "QLayerNorm",
     "QLinear",
     "QuantizedLayer",
     "from_float",
