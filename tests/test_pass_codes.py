@@ -10,7 +10,8 @@ from torch import nn
 
 import torchquant
 from torchquant import Activations, pass_codes_
-from torchquant.nn import QConv2d
+from torchquant.demo.digits_vit import Attention
+from torchquant.nn import QConv2d, QLayerNorm
 from torchquant.pass_codes import PassingCodes
 
 
@@ -181,3 +182,70 @@ def test_what_cannot_pass_leaves_the_model_as_it_was(monkeypatch):
     assert isinstance(model.stem, QConv2d) and model.stem.output_scale is None
     with pytest.raises(ValueError, match="pass_codes_: the model must be in evaluation mode"):
         pass_codes_(model.train(), x)
+
+
+class Transformer(nn.Module):
+    """Two blocks of a ViT, and projections of one input that want the same codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block(16, 2, separate=i == 1) for i in range(2)])
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Separate(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, separate):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Separate(dim) if separate else Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_layer_norm_gives_codes_to_attention_and_mlp(tmp_path):
+    make = lambda: Transformer().eval()  # noqa: E731
+    tokens = torch.randn(4, 9, 16, generator=random(2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+    torchquant.quantize_(model, "W8A8", [tokens], method="rtn", progress=False)
+    norms = [f"blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2)]
+    with torch.no_grad():
+        wanted = model(tokens)
+        assert pass_codes_(model, tokens) == norms
+        assert all(type(model.get_submodule(name)) is QLayerNorm for name in norms)
+        assert all(model.get_submodule(name)(tokens).dtype == torch.uint8 for name in norms)
+        got = model(tokens)
+        # Where a LayerNorm's float32 lies at a rounding edge, a code is the next one.
+        assert (got - wanted).norm() < 0.01 * wanted.norm()
+        assert_same(torch.jit.freeze(scripted(model))(tokens), got)
+        assert_same(torch.export.export(model, (tokens,)).module()(tokens), got)
+        torchquant.save(model, tmp_path / "model")
+        assert_same(torchquant.load(tmp_path / "model", make())(tokens), wanted)
+        assert pass_codes_(model, tokens) == norms
+        assert_same(model(tokens), got)
+    assert model.blocks[0].norm1(tokens).dtype == torch.float32  # its parameters want gradients

@@ -13,21 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from .dataflow import Call, Dataflow, outputs_of, watch
+from .nn.attention import QSelfAttention
 from .nn.base import QuantizedLayer
 from .nn.conv import QConv2d
+from .nn.layer_norm import QLayerNorm
 from .nn.linear import QLinear
 from .nn.mlp import QMlp, QSequentialMlp, activation_name
 from .nn.swap import swap_modules, unchanged_on_error
 
-MAKERS = (QConv2d, QLinear)
-READERS = (QConv2d, QLinear, QMlp, QSequentialMlp)
+MAKERS = (QConv2d, QLinear, QLayerNorm, nn.LayerNorm)
+READERS = (QConv2d, QLinear, QMlp, QSequentialMlp, QSelfAttention)
 CLIPPING = {nn.ReLU: float("inf"), nn.ReLU6: 6.0}  # [0, end]
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 TOLERANCE = 0.02  # of the outputs' norm: a code may flip where an activation function rounds in another way
 
 
 def pass_codes_(model: nn.Module, example: Any) -> list[str]:
-    """Let quantized layers give the codes that the next layer's input quantizer would make of their outputs, in place.
+    """Let quantized layers and LayerNorms give the codes that the next layer's input quantizer would make of their
+    outputs, in place.
 
     For inference, after :func:`quantize_` or :func:`torchquant.load`. Between two layers may stand ReLU, ReLU6, GELU,
     SiLU and what does nothing in evaluation; a ``ZeroPad2d`` becomes padding of the convolution behind it. In training,
@@ -54,11 +57,15 @@ def pass_codes_(model: nn.Module, example: Any) -> list[str]:
         absorb_padding(model, example)
         flow = watch([m for m in model.modules() if is_part(m)], lambda: outputs_of(model, example))
         links = list(found(flow))
+        replacements: dict[nn.Module, nn.Module] = {}
         for link in links:
-            link.maker.output_scale, link.maker.output_zero_point, link.maker.output_bits = link.grid
-            link.maker.output_activation = link.activation
-        between = {module for link in links for module in link.between if is_activation(module)}
-        swap_modules(model, {module: PassingCodes(module).eval() for module in between})
+            replacements |= {module: PassingCodes(module).eval() for module in link.between if is_activation(module)}
+            if type(link.maker) is nn.LayerNorm:
+                replacements[link.maker] = QLayerNorm(link.maker, *link.grid)
+            else:
+                link.maker.output_scale, link.maker.output_zero_point, link.maker.output_bits = link.grid
+                link.maker.output_activation = link.activation
+        swap_modules(model, replacements)
         for wanted, got in zip(before, outputs_of(model, example), strict=True):
             if not (got.float() - wanted.float()).norm() <= TOLERANCE * wanted.float().norm():
                 raise ValueError("pass_codes_: the model computes something else when its layers give codes")
@@ -106,7 +113,8 @@ def found(flow: Dataflow) -> Iterator[Link]:
 def link_of(flow: Dataflow, call: Call) -> Link | None:
     """What ``call`` can hand on as codes: everything behind it, up to layers that all want the same."""
     maker: Any = call.module
-    if not maker.kernel_runs(call.input):
+    norm = isinstance(maker, nn.LayerNorm)
+    if not (len(maker.normalized_shape) == 1 if norm else maker.kernel_runs(call.input)):
         return None
     between: list[nn.Module] = []
     reader = flow.only_reader(call)
@@ -118,7 +126,9 @@ def link_of(flow: Dataflow, call: Call) -> Link | None:
         return None
     functions = [module.module if isinstance(module, PassingCodes) else module for module in between]
     activation = activation_of([function for function in functions if is_activation(function)], grid)
-    return None if activation is None else Link(maker, tuple(between), grid, activation)
+    if activation is None or (norm and activation != "none"):
+        return None
+    return Link(maker, tuple(between), grid, activation)
 
 
 def common_grid(modules: list[nn.Module | None]) -> Grid | None:
@@ -138,13 +148,20 @@ def same(a: Grid, b: Grid) -> bool:
 
 def grid_of(module: Any) -> Grid | None:
     """Of the codes that ``module`` takes in place of its input."""
-    layer = module.fc1 if isinstance(module, QMlp) else module[0] if isinstance(module, QSequentialMlp) else module
+    layer = first_layer(module)
     if not isinstance(layer, QuantizedLayer) or layer.kernel_weight.numel() == 0:
         return None
     if isinstance(layer, QConv2d) and layer.prepad_mode not in ("none", "constant", "same"):
         return None  # codes are not padded with what they hold
     scale, zero_point, bits = layer.input_grid()
     return None if scale is None or zero_point is None else (scale.reshape([]), zero_point.reshape([]), bits)
+
+
+def first_layer(module: Any) -> Any:
+    """The layer that alone reads the input of ``module``."""
+    if isinstance(module, QSelfAttention):
+        return module.qkv if module.gate is None else None
+    return module.fc1 if isinstance(module, QMlp) else module[0] if isinstance(module, QSequentialMlp) else module
 
 
 def activation_of(modules: list[nn.Module], grid: Grid) -> str | None:

@@ -146,7 +146,7 @@ class QAttention(nn.Module):
 
 
 def takes(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and not gradient_wanted(x)
+    return x.is_cpu and (x.dtype == torch.float32 or x.dtype == torch.uint8) and not gradient_wanted(x)
 
 
 FUSED = (TableQuantizer, UniformQuantizer)
