@@ -13,6 +13,22 @@ void interleave(int16_t* a, int64_t count) {
   }
 }
 
+// Starts of groups that are multiplied: Note [integer groups].
+template <class To>
+void sum_groups(const QuantizeRows& q, int64_t row, const To* __restrict__ a) {
+  const GroupStarts& starts = q.group_starts;
+  const int64_t depth = q.layout.blocks * kBlockInputs, size = starts.blocks * kBlockInputs;
+  int32_t* to = q.starts + row;
+  for (int64_t first = 0; first < depth; first += size, to += starts.rows) {
+    const int64_t end = first + size < depth ? first + size : depth;
+    int32_t sum = 0;
+    for (int64_t i = first; i < end; ++i) sum += a[i];
+    sum *= starts.factor;
+    *to =
+        starts.pairs ? static_cast<int32_t>((static_cast<uint32_t>(sum) & 0xffff) * 0x10001) : sum;
+  }
+}
+
 template <class To>
 void quantize_row(const QuantizeRows& q, const IntegerGrid& grid, int64_t row, To* a) {
   const BlockLayout& layout = q.layout;
@@ -27,6 +43,7 @@ void quantize_row(const QuantizeRows& q, const IntegerGrid& grid, int64_t row, T
     if constexpr (sizeof(To) == 2) interleave(a, padded);
     a += padded;
   }
+  if (q.starts != nullptr) sum_groups(q, row, a - layout.blocks * kBlockInputs);
 }
 
 // The scale of the integers, and how values become them.
