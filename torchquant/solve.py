@@ -226,7 +226,7 @@ def with_integer_scales(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point with the scales that ``scheme.integer_scales`` asks for.
 
-    The codes are found again, for ``problem`` by one COMQ sweep from those there were, else by rounding ``weight``.
+    The codes are found again, for ``problem`` by COMQ's sweeps from those there were, else by rounding ``weight``.
     """
     bits, group_size = scheme.weight_bits, scheme.group_size
     if not scheme.integer_scales or bits > 4:
@@ -241,7 +241,6 @@ def with_integer_scales(
         bits=bits,
         group_size=group_size,
         linear=problem.linear,
-        sweeps=1,
         update_scale=False,
         codes=codes,
         scale=scale,
