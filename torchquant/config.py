@@ -55,8 +55,8 @@ class Scheme(_Versioned):
         group_size: input columns that share one scale; 0 = the whole row.
         symmetric: zero point in the middle of the codes instead of one per row or group.
         integer_scales: the scales of a row's groups are small integers times one scale, so that linear layers of groups
-            run about as fast on CPUs as those of whole rows, at an error about 1 % larger before solving. For groups of a multiple of
-            32 up to 512 columns; from 5 bits on nothing changes.
+            run about as fast on CPUs as those of whole rows; rounding to nearest, the error grows by about 1 %. For
+            groups of a multiple of 32 up to 512 columns; from 5 bits on nothing changes.
     """
 
     weight_bits: int

@@ -77,13 +77,14 @@ def quantized_linear(
     - float x with ``input_scale`` ``[]``: the codes that `torchquant.quantizers.uniform_quantize` gives, made inside;
     - uint8 x: such codes, with ``input_scale`` of one number or one for each row.
 
-    On CUDA the same packed tensors serve, and results are equal to the CPU's bit for bit but where scales of groups are
-    integers (`linear_prepack`), which CUDA multiplies as floats, and where 16-bit integers would only stand for floats: without ``input_scale`` and with ``input_bits`` 16, float16 and bfloat16 x, and more
-    than 16 rows of float32 x, are multiplied as they are. Up to 128 rows of halves meet the weight in registers,
-    ``codes - zero_point`` in x's dtype (exact but for zero points that it cannot hold) with sums, scales and all that
-    follows in float32; else `torch.nn.functional.linear` takes the weight unpacked to x's dtype for the call. The host
-    never waits for the device there: where x has a NaN or Inf, the outputs of its row are NaN (of x multiplied as
-    floats, what floats give), and ``input_scale`` is taken as it is.
+    On CUDA the same packed tensors serve, and results are equal to the CPU's bit for bit but in two cases. Scales of
+    groups that `linear_prepack` took as integers are floats there. And where 16-bit integers would only stand for
+    floats: without ``input_scale`` and with ``input_bits`` 16, float16 and bfloat16 x, and more than 16 rows of float32
+    x, are multiplied as they are. Up to 128 rows of halves meet the weight in registers, ``codes - zero_point`` in x's
+    dtype (exact but for zero points that it cannot hold) with sums, scales and all that follows in float32; else
+    `torch.nn.functional.linear` takes the weight unpacked to x's dtype for the call. The host never waits for the
+    device there: where x has a NaN or Inf, the outputs of its row are NaN (of x multiplied as floats, what floats
+    give), and ``input_scale`` is taken as it is.
 
     Args:
         x: float32, float16, bfloat16 or uint8 ``[..., K]``.
