@@ -34,18 +34,21 @@ class Variant:
     levels: str = ""  # "", "tensor" or "row": what has a table of its own
     input_bits: int = 8
     zero_points: bool = False  # else in the middle of the codes, as the peers have it
+    integer_scales: bool = False  # of groups: integers times one scale for each row
     goals: bool = False
 
     @property
     def name(self) -> str:
         group = f" g{self.group_size}" if self.group_size else ""
+        group += ", integer scales" if self.integer_scales else ""
         table = {"": "", "tensor": ", 16 levels up to 32", "row": ", 16 levels up to 127 per row"}[self.levels]
         zero = ", zero points" if self.zero_points else ""
         return f"W{self.bits}A{self.input_bits}{group}{table}{zero}"
 
 
 VARIANTS = (
-    Variant(2), Variant(3), Variant(4, goals=True), Variant(8), Variant(4, 128, goals=True),
+    Variant(2), Variant(3), Variant(4, goals=True), Variant(8),
+    Variant(4, 128, goals=True), Variant(4, 128, integer_scales=True, goals=True),
     Variant(4, zero_points=True), Variant(4, levels="tensor"), Variant(4, levels="row"),
     Variant(4, input_bits=16), Variant(4, 128, input_bits=16),
 )  # fmt: skip
@@ -88,6 +91,8 @@ def prepare(x: Tensor, weight: Tensor, variant: Variant) -> tuple[Run, Tensor, i
     else:
         grid = "asymmetric" if variant.zero_points else "symmetric"
         codes, scale, zero = rtn_quantize(weight, grid=grid, **layout)
+        if variant.integer_scales:
+            scale = kernels.integer_group_scales(codes, scale, zero, **layout)
         values = dequantize(codes, scale, zero, group_size=variant.group_size)
     zero = zero if variant.zero_points else None
     packed, numbers, levels = kernels.linear_prepack(codes, scale, zero, levels=table, **layout)

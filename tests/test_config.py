@@ -12,6 +12,8 @@ from torchquant.config import COMQ, GPTQ, RTN, Activations, Auto, MagR, Scheme, 
         ("W8A16-sym", Scheme(8, symmetric=True)),
         ("W4A4", Scheme(4, 4)),
         ("w3a8g32", Scheme(3, 8, 32)),
+        ("W4A8g128-intscale", Scheme(4, 8, 128, integer_scales=True)),
+        ("w3a16g64-sym-intscale", Scheme(3, 16, 64, True, True)),
     ],
 )
 def test_scheme_parses_and_prints_back(text, scheme):
@@ -33,6 +35,9 @@ def test_scheme_that_is_no_scheme(text):
         ("W4A1", "activation_bits must be 2..8, or 16 .* got 1"),
         ("W1A16", "weight_bits must be 2..8, got 1"),
         ("W9A16", "weight_bits must be 2..8, got 9"),
+        ("W4A16-intscale", "integer_scales needs .*, got 0"),
+        ("W4A16g100-intscale", "integer_scales needs .*, got 100"),
+        ("W4A16g1024-intscale", "integer_scales needs .*, got 1024"),
     ],
 )
 def test_scheme_out_of_range(text, message):
@@ -42,6 +47,7 @@ def test_scheme_out_of_range(text, message):
 
 CONFIGS = [
     Scheme(3, group_size=32),
+    Scheme(4, 8, 128, integer_scales=True),
     RTN(),
     MagR(alpha=1e-4),
     COMQ(sweeps=2, shrink=(1.0, 0.8)),

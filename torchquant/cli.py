@@ -83,7 +83,9 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="module:factory (called without arguments) or a Hugging Face directory")
-    parser.add_argument("--scheme", type=usage(Scheme.parse), default="W4A16", help="W<bits>A16[g<group size>][-sym]")
+    parser.add_argument(
+        "--scheme", type=usage(Scheme.parse), default="W4A16", help="W<bits>A16[g<group size>][-sym][-intscale]"
+    )
     parser.add_argument("--method", type=usage(checked_method), default="auto", help="auto, rtn, gptq, gptq+comq ...")
     parser.add_argument("--effort", choices=EFFORTS, default="standard", help="what auto may cost")
     parser.add_argument("--calib", type=Path, metavar="FILE", help=".pt, .npy, .safetensors of inputs, or text")

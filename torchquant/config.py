@@ -12,7 +12,7 @@ GRIDS = ("asymmetric", "symmetric", "midrise")
 RANGES = ("minmax", "percentile", "mse", "entropy")
 SOFTMAX = ("auto", "sulq", "log2", "log_sqrt2", "uniform")
 GRANULARITIES = ("tensor", "channel", "token")
-_SCHEME = re.compile(r"W(\d+)A(\d+)(?:g(\d+))?(-sym)?", re.IGNORECASE)
+_SCHEME = re.compile(r"W(\d+)A(\d+)(?:g(\d+))?(-sym)?(-intscale)?", re.IGNORECASE)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -47,19 +47,23 @@ class _Versioned:
 
 @dataclass(frozen=True)
 class Scheme(_Versioned):
-    """Bits and grid of a layer, written ``W<bits>A<bits>[g<group size>][-sym]``: ``W4A8``, ``W3A16g128-sym``.
+    """Bits and grid of a layer, written ``W<bits>A<bits>[g<group size>][-sym][-intscale]``: ``W4A8``, ``W3A16g128``.
 
     Args:
         weight_bits: 2..8.
         activation_bits: 2..8, or 16: activations stay in floating point.
         group_size: input columns that share one scale; 0 = the whole row.
         symmetric: zero point in the middle of the codes instead of one per row or group.
+        integer_scales: the scales of a row's groups are small integers times one scale, so that linear layers of groups
+            run about as fast on CPUs as those of whole rows; rounding to nearest, the error grows by about 1 %. For
+            groups of a multiple of 32 up to 512 columns; from 5 bits on nothing changes.
     """
 
     weight_bits: int
     activation_bits: int = 16
     group_size: int = 0
     symmetric: bool = False
+    integer_scales: bool = False
 
     def __post_init__(self) -> None:
         _require(2 <= self.weight_bits <= 8, f"Scheme: weight_bits must be 2..8, got {self.weight_bits}")
@@ -68,6 +72,11 @@ class Scheme(_Versioned):
             f"Scheme: activation_bits must be 2..8, or 16 (activations stay float), got {self.activation_bits}",
         )
         _require(self.group_size >= 0, f"Scheme: group_size must be 0 (whole row) or positive, got {self.group_size}")
+        served = self.group_size % 32 == 0 and 0 < self.group_size <= 512
+        _require(
+            served or not self.integer_scales,
+            f"Scheme: integer_scales needs groups of a multiple of 32 up to 512 columns, got {self.group_size}",
+        )
 
     @classmethod
     def parse(cls, scheme: "str | Scheme") -> "Scheme":
@@ -77,14 +86,15 @@ class Scheme(_Versioned):
         found = _SCHEME.fullmatch(scheme) if isinstance(scheme, str) else None
         if found is None:
             raise ValueError(
-                f"Scheme: expected W<bits>A<bits>[g<group size>][-sym] such as 'W4A16g128', got {scheme!r}"
+                f"Scheme: expected W<bits>A<bits>[g<group size>][-sym][-intscale] such as 'W4A16g128', got {scheme!r}"
             )
-        weight, activation, group, symmetric = found.groups()
-        return cls(int(weight), int(activation), int(group or 0), symmetric is not None)
+        weight, activation, group, symmetric, integer = found.groups()
+        return cls(int(weight), int(activation), int(group or 0), symmetric is not None, integer is not None)
 
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"W{self.weight_bits}A{self.activation_bits}{group}{'-sym' if self.symmetric else ''}"
+        grid = ("-sym" if self.symmetric else "") + ("-intscale" if self.integer_scales else "")
+        return f"W{self.weight_bits}A{self.activation_bits}{group}{grid}"
 
     @property
     def grid(self) -> str:

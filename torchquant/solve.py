@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .collect import Stats
 from .config import COMQ, GPTQ, RTN, Auto, MagR, Scheme, Step, method_name
+from .kernels import integer_group_scales
+from .quantizers import uniform_quantize
 from .solvers import comq_quantize, dequantize, gptq_quantize, magr_preprocess, ridge_update, rtn_quantize
 from .solvers.portfolio import Candidate, portfolio_quantize, row_objective, times_gram
 
@@ -158,7 +160,7 @@ def solve(
             grid=grid_of(step, scheme, False),
             shrink=shrink,
         )
-        return Solution(codes, scale, zero_point)
+        return Solution(*with_integer_scales((codes, scale, zero_point), weight, scheme))
     target = weight if original is None else original.float().contiguous()
     free = bias is not None and stats.sums is not None
     problem = Problem.of(weight, centred(stats, target) if free else stats, ridge, original=original)
@@ -183,12 +185,12 @@ def run_auto(problem: Problem, scheme: Scheme, step: Auto) -> Solution:
         grid=scheme.grid,
         linear=problem.linear,
         effort=step.effort,
+        midrise=not scheme.integer_scales,
     )
     info = best.info.tolist()
+    found = with_integer_scales((best.codes, best.scale, best.zero_point), problem.weight, scheme, problem)
     return Solution(
-        best.codes,
-        best.scale,
-        best.zero_point,
+        *found,
         STATUS[info[0]],
         info[2],
         winners=best.winners(),
@@ -213,8 +215,38 @@ def run_steps(problem: Problem, scheme: Scheme, steps: Sequence[Step]) -> Soluti
         *found, info = run_step(step, start, problem.gram, linear, scheme, grid_of(step, scheme, after_magr), found)  # type: ignore
         status, damping = max(status, int(info[0])), max(damping, int(info[2]))
     assert found is not None
+    rounds = isinstance(steps[-1], RTN)
+    found = with_integer_scales(found, start if rounds else problem.weight, scheme, None if rounds else problem)
     winners = {method_name(steps): problem.weight.shape[0]}
     return Solution(*found, STATUS[status], damping, winners=winners, largest=largest)
+
+
+def with_integer_scales(
+    found: tuple[Tensor, Tensor, Tensor], weight: Tensor, scheme: Scheme, problem: Problem | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point with the scales that ``scheme.integer_scales`` asks for.
+
+    The codes are found again, for ``problem`` by COMQ's sweeps from those there were, else by rounding ``weight``.
+    """
+    bits, group_size = scheme.weight_bits, scheme.group_size
+    if not scheme.integer_scales or bits > 4:
+        return found
+    codes, scale, zero_point = found
+    scale = integer_group_scales(codes, scale, zero_point, bits=bits, group_size=group_size)
+    if problem is None:
+        return uniform_quantize(weight, scale, zero_point, bits=bits, group_size=group_size), scale, zero_point
+    codes, scale, zero_point, _ = comq_quantize(
+        weight,
+        problem.gram,
+        bits=bits,
+        group_size=group_size,
+        linear=problem.linear,
+        update_scale=False,
+        codes=codes,
+        scale=scale,
+        zero_point=zero_point,
+    )
+    return codes, scale, zero_point
 
 
 def run_step(
@@ -272,14 +304,15 @@ def run_magr(problem: Problem, scheme: Scheme, step: MagR) -> Tensor:
 
 
 def grid_of(step: Step, scheme: Scheme, after_magr: bool) -> str:
-    """The step's own grid, else the scheme's; after MagR at 2 and 3 bits mid-rise.
+    """The step's own grid, else the scheme's; after MagR at 2 and 3 bits mid-rise, whose scales cannot be integers.
 
     MagR makes min = -max in nearly every row: an integral zero point puts each plateau entry half a step off the grid.
     """
     own = getattr(step, "grid", None)
     if own is not None:
         return str(own)
-    return "midrise" if after_magr and scheme.weight_bits <= 3 and not scheme.symmetric else scheme.grid
+    integral = scheme.symmetric or scheme.integer_scales
+    return "midrise" if after_magr and scheme.weight_bits <= 3 and not integral else scheme.grid
 
 
 def mean_largest(weight: Tensor) -> float:

@@ -32,6 +32,8 @@ struct Activations {
   at::Tensor sums;      // int32 [rows, groups]
   at::Tensor scale;     // float32 [rows]
   at::Tensor zero;      // float32 [rows], or undefined
+  GroupStarts group_starts;
+  at::Tensor starts;  // int32 [count, rows], or undefined
 };
 
 void check_float(const at::Tensor& x, const char* name, const at::Tensor& tensor,
@@ -60,6 +62,7 @@ void quantize_all(QuantizeRows all, const at::Tensor& x) {
     if (part.wide != nullptr) part.wide += first * depth;
     if (part.a_scale != nullptr) part.a_scale += first;
     part.sums += first * all.layout.groups;
+    if (part.starts != nullptr) part.starts += first;
     part.finite = &own;
     quantize_rows(part);
     if (!own) finite = false;
@@ -68,12 +71,17 @@ void quantize_all(QuantizeRows all, const at::Tensor& x) {
 }
 
 Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
-                                 const BlockLayout& layout, bool wide) {
+                                 const PackedWeight& weight, bool wide) {
+  const BlockLayout& layout = weight.layout;
   const int64_t rows = x.size(0), depth = layout.blocks * kBlockInputs;
   const auto options = x.options().requires_grad(false);
   const auto floats = options.dtype(at::kFloat);
   Activations a{at::empty({rows, depth}, options.dtype(wide ? at::kShort : at::kChar)),
-                at::Tensor(), at::Tensor(), at::Tensor()};
+                at::Tensor(),
+                at::Tensor(),
+                at::Tensor(),
+                group_starts(weight, cpu_tier(), wide, rows),
+                at::Tensor()};
   // One more column, and zeros, are what CUDA's kernels ask for.
   const at::Tensor counters = x.is_cuda()
                                   ? at::zeros({rows * (layout.groups + 1)}, options.dtype(at::kInt))
@@ -88,6 +96,11 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
   q.narrow = wide ? nullptr : a.integers.mutable_data_ptr<int8_t>();
   q.wide = wide ? a.integers.mutable_data_ptr<int16_t>() : nullptr;
   q.sums = a.sums.mutable_data_ptr<int32_t>();
+  if (a.group_starts.blocks > 0) {
+    a.starts = at::empty({a.group_starts.count(layout), rows}, options.dtype(at::kInt));
+    q.group_starts = a.group_starts;
+    q.starts = a.starts.mutable_data_ptr<int32_t>();
+  }
   if (x.is_cuda()) q.largest = reinterpret_cast<uint32_t*>(q.sums + a.sums.numel());
   if (grid.dynamic()) {
     q.limit = grid.bits == 8 ? 127.0f : 32767.0f;
@@ -185,7 +198,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const at::Tensor out =
       at::empty({count, out_features}, x.options().dtype(type).requires_grad(false));
   PackedProduct product{};
-  product.weight = weight.view();
+  product.weight = weight.view(input_bits == 16);
   product.last_tile = (out_features + kTileOutputs - 1) / kTileOutputs;
   product.rows = count;
   product.epilogue = epilogue;
@@ -196,13 +209,15 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
     return out.view(shape);
   }
   if (!output.given()) product.out = out.mutable_data_ptr<float>();
-  const Activations a = quantize_activations(rows, input, weight.view().layout,
-                                             input_bits == 16 || weight.needs_wide());
+  const Activations a =
+      quantize_activations(rows, input, product.weight, input_bits == 16 || weight.needs_wide());
   if (a.integers.scalar_type() == at::kShort)
     product.wide = a.integers.const_data_ptr<int16_t>();
   else
     product.narrow = a.integers.const_data_ptr<int8_t>();
   product.sums = a.sums.const_data_ptr<int32_t>();
+  product.group_starts = a.group_starts;
+  if (a.starts.defined()) product.starts = a.starts.const_data_ptr<int32_t>();
   product.a_scale = a.scale.const_data_ptr<float>();
   product.a_zero = a.zero.defined() ? a.zero.const_data_ptr<float>() : nullptr;
   at::Tensor own_bias, own_residual;

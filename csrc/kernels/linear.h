@@ -16,6 +16,15 @@
 // line i = V[2i] | V[2i+1] << 4; 2 bits line i = V[4i] | V[4i+1] << 2 | V[4i+2] << 4 | V[4i+3] <<
 // 6; 3 bits the low two bits so, then one line of the high bits, V[s] at bit s. Groups begin at
 // blocks: each is padded to whole blocks, with zeros in the activations.
+//
+// Note [integer groups]: where all scales of each row are unit[n] * m[n, g], with integers m so
+// small that (u - zero_point) * m fits in a byte with sign, sums stay integers beyond their group:
+//
+//   D[m, n, span] = sum_k m[n, g(k)] * (u[n, k] - zero_point[n, g(k)]) * a[m, k]
+//
+// with one float scale, the unit. A span is the whole row, cut only where int32 could overflow.
+// Kernels for many rows meet a weight of eight bits, 128 + (u - zero_point) * m, that has no groups
+// at all; for few rows the sum of each group is multiplied by m.
 #pragma once
 #include <csrc/core/cpu_tier.h>
 #include <csrc/core/quant_math.h>
@@ -52,6 +61,14 @@ struct BlockLayout {
   }
 };
 
+TORCHQUANT_HOST_DEVICE BlockLayout layout_of_groups(int64_t columns, int64_t size, int64_t stored) {
+  const int64_t groups = columns == 0 ? 1 : (columns + size - 1) / size;
+  const int64_t group_blocks = (size + kBlockInputs - 1) / kBlockInputs;
+  BlockLayout layout{columns, size, groups, group_blocks, 0, stored};
+  layout.blocks = (groups - 1) * layout.group_blocks + layout.blocks_of_group(groups - 1);
+  return layout;
+}
+
 TORCHQUANT_HOST_DEVICE BlockLayout block_layout(int64_t columns, int64_t group_size, int64_t bits,
                                                 bool levels) {
   const int64_t stored = levels ? 4 : bits > 4 ? 8 : bits;
@@ -62,11 +79,22 @@ TORCHQUANT_HOST_DEVICE BlockLayout block_layout(int64_t columns, int64_t group_s
     size = longest;
     while (group_size != 0 && whole % size != 0) --size;
   }
-  const int64_t groups = columns == 0 ? 1 : (columns + size - 1) / size;
-  const int64_t group_blocks = (size + kBlockInputs - 1) / kBlockInputs;
-  BlockLayout layout{columns, size, groups, group_blocks, 0, stored};
-  layout.blocks = (groups - 1) * layout.group_blocks + layout.blocks_of_group(groups - 1);
-  return layout;
+  return layout_of_groups(columns, size, stored);
+}
+
+// Multipliers of groups in place of scales: Note [integer groups].
+struct GroupMultipliers {
+  const uint8_t* values = nullptr;  // [groups, stride], or null: none
+  const float* offset = nullptr;    // [groups, stride]: origin - zero_point, or null: zero
+  int64_t blocks = 0;               // of a group
+};
+
+// |(u - zero_point) * m| <= 2^7: sums of 16-bit activations fit in int32 up to 2^9 columns.
+constexpr int64_t kWideSpan = 512, kNarrowSpan = 1 << 16;  // columns
+inline BlockLayout span_layout(const BlockLayout& layout, bool wide) {
+  const int64_t size = (wide ? kWideSpan : kNarrowSpan) / layout.group_size * layout.group_size;
+  return layout_of_groups(layout.columns, size < layout.columns ? size : layout.columns,
+                          layout.bits);
 }
 
 struct PackedWeight {
@@ -80,11 +108,31 @@ struct PackedWeight {
   const float* sum;       // [stride]: of the row's values
   const int8_t* levels;   // [16], or [outputs padded to 16, 16] with level_stride 16, or null
   int64_t level_stride;
-  int64_t packed_tile = 0;  // where `packed` begins
+  int64_t packed_tile = 0;            // where `packed` begins
+  GroupMultipliers multipliers = {};  // then `layout` is of spans, and `scale` the unit [stride]
+
+  TORCHQUANT_HOST_DEVICE const float* scale_of(int64_t g) const {
+    return multipliers.values != nullptr ? scale : scale + g * stride;
+  }
 
   // Whether u minus 128 is what fits in a byte with sign; elsewhere u itself does.
   TORCHQUANT_HOST_DEVICE bool needs_signs() const { return levels != nullptr || layout.bits == 8; }
 };
+
+// What the sums of groups that are to be multiplied start with, factor * S: for every `blocks`
+// blocks of a row, where blocks is not 0.
+struct GroupStarts {
+  int64_t blocks = 0;
+  int32_t factor = 0;
+  bool pairs = false;  // twice, in 16 bits each
+  int64_t rows = 0;    // of the whole product: [count, rows], next to each other for some rows
+
+  int64_t count(const BlockLayout& layout) const { return (layout.blocks + blocks - 1) / blocks; }
+};
+
+// Those that the kernel of a tier needs for so many rows. From a number of rows on it needs none:
+// it multiplies the weight instead, in a panel that all rows use.
+GroupStarts group_starts(const PackedWeight& weight, CpuTier tier, bool wide, int64_t rows);
 
 enum class Epilogue : int32_t { none, gelu, silu };
 
@@ -94,9 +142,11 @@ struct PackedProduct {
   int64_t first_tile;
   int64_t last_tile;
   int64_t rows;
-  const int8_t* narrow;   // [rows, blocks * 32], or null
-  const int16_t* wide;    // the same in 16 bits: inputs 0 2 1 3 of every four
-  const int32_t* sums;    // [rows, groups]
+  const int8_t* narrow;  // [rows, blocks * 32], or null
+  const int16_t* wide;   // the same in 16 bits: inputs 0 2 1 3 of every four
+  const int32_t* sums;   // [rows, groups]
+  GroupStarts group_starts;
+  const int32_t* starts;  // [group_starts.count, group_starts.rows], or null
   const float* a_scale;   // [rows]
   const float* a_zero;    // [rows], or null: zero
   const float* bias;      // [outputs], or null
@@ -133,8 +183,10 @@ struct QuantizeRows {
   int8_t* narrow;
   int16_t* wide;
   int32_t* sums;
-  float* a_scale;  // written where the scale comes from the row
-  bool* finite;    // set to false where x is not
+  GroupStarts group_starts;
+  int32_t* starts;  // [group_starts.count, group_starts.rows], or null
+  float* a_scale;   // written where the scale comes from the row
+  bool* finite;     // set to false where x is not
 
   // For CUDA, where the host waits for nothing: scale and zero point lie on the device, and a row
   // that is not finite gets the a_scale NaN.

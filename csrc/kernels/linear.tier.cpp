@@ -23,13 +23,18 @@ void sum_group(const PackedProduct& p, int64_t tile, int64_t g, int64_t row, int
   for (int64_t b = 0; b < w.layout.blocks_of_group(g); ++b) {
     const int64_t block = g * w.layout.group_blocks + b;
     const uint8_t* lines = w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
+    Multiplier by[kTileOutputs];
+    for (int64_t o = 0; o < kTileOutputs; ++o) {
+      by[o] = w.multipliers.values == nullptr ? Multiplier{1, w.origin}
+                                              : multiplier_of(w, block, tile * kTileOutputs + o);
+    }
     for (int64_t step = 0; step < 8; ++step) {
       for (int64_t i = 0; i < kLine; ++i) {
         constexpr int64_t kWideOrder[4] = {0, 2, 1, 3};
         const int64_t at = row * depth + block * kBlockInputs + step * 4;
         const int32_t a = p.wide != nullptr ? p.wide[at + kWideOrder[i % 4]] : p.narrow[at + i % 4];
         const uint8_t code = code_in_block(lines, w.layout.bits, step, i);
-        d[i / 4] += (entry_of(w, tile, i / 4, code) - w.origin) * a;
+        d[i / 4] += (entry_of(w, tile, i / 4, code) - by[i / 4].zero) * by[i / 4].value * a;
       }
     }
   }

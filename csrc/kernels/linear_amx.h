@@ -2,7 +2,7 @@
 // tile of weights as it lies in memory: 64 inputs of 16 outputs (Note [weight tiles]), so narrower
 // codes and levels are unpacked to that form, in panels that stay in L1 for all rows.
 #pragma once
-#include <csrc/kernels/linear_zmm.h>
+#include <csrc/kernels/linear_zmm_groups.h>
 #include <stdlib.h>
 
 namespace torchquant {
@@ -307,8 +307,7 @@ class AmxProduct : AmxSums {
       for (int64_t block = first; block < end; block += kPanelBlocks) {
         const int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
         for (int t = 0; t < T; ++t)
-          unpack_blocks(formats[t], lines_of(w_, tile_ + t, block), w_.layout.bits, blocks,
-                        panel_ + t * kPanelBytes);
+          unpack_blocks(formats[t], w_, tile_ + t, block, blocks, panel_ + t * kPanelBytes);
         // Sums are read some blocks later: they are not forwarded from stores of tiles.
         const bool whole = block + blocks == end;
         const int64_t behind = blocks < kBlocksBehind ? kBlocksBehind / blocks : 1;
@@ -350,21 +349,27 @@ void run_amx_format(const PackedProduct& p, const Activations& a) {
   product.run();
 }
 
+template <template <int> class Codes>
+void run_amx_codes(const PackedProduct& p, const Activations& a) {
+  switch (p.weight.layout.bits) {
+    case 2:
+      return run_amx_format<Codes<2>>(p, a);
+    case 3:
+      return run_amx_format<Codes<3>>(p, a);
+    case 4:
+      return run_amx_format<Codes<4>>(p, a);
+    default:
+      return run_amx_format<UniformCodes<8>>(p, a);
+  }
+}
+
 void run_amx_bytes(const PackedProduct& p, const Activations& a) {
   const PackedWeight& w = p.weight;
   if (w.levels != nullptr)
     return w.level_stride == 0 ? run_amx_format<SharedLevels>(p, a)
                                : run_amx_format<RowLevels>(p, a);
-  switch (w.layout.bits) {
-    case 2:
-      return run_amx_format<UniformCodes<2>>(p, a);
-    case 3:
-      return run_amx_format<UniformCodes<3>>(p, a);
-    case 4:
-      return run_amx_format<UniformCodes<4>>(p, a);
-    default:
-      return run_amx_format<UniformCodes<8>>(p, a);
-  }
+  w.multipliers.values != nullptr ? run_amx_codes<MultipliedCodes>(p, a)
+                                  : run_amx_codes<UniformCodes>(p, a);
 }
 
 // Upper and lower bytes of `count` (a multiple of 32) 16-bit integers, in the order of the inputs.
@@ -383,7 +388,8 @@ void split_bytes(const int16_t* wide, int64_t count, uint8_t* upper, uint8_t* lo
 }
 
 // False where there is no memory for the bytes of 16-bit activations.
-bool run_amx(const PackedProduct& p) {
+bool run_amx(PackedProduct p) {
+  if (p.weight.multipliers.values != nullptr) p.weight.origin = kByteOrigin;
   if (p.narrow != nullptr) {
     run_amx_bytes(p, {p.narrow, nullptr});
     return true;

@@ -8,75 +8,12 @@
 // tables) and 16-bit activations go through vpmaddwd alone, in int32. vpdpbusd and vpdpwssd add
 // four and two products to an int32: no windows, and no u that is too large.
 #pragma once
-#include <csrc/kernels/linear_tile.h>
-#include <immintrin.h>
+#include <csrc/kernels/linear_ymm_groups.h>
 
 namespace torchquant {
 namespace {
 
-constexpr int64_t kSegmentBlocks = 32;  // of a panel: 1024 inputs x 16 outputs = 16 KB
-constexpr int64_t kSteps = 8;           // of a block
-constexpr int64_t kRowsAtOnce = 192;    // sums and values of these rows stay in L1 and L2
-constexpr int64_t kPrefetch = 2048;
-
-using AnyInt32 = int32_t __attribute__((may_alias));
-
-inline __attribute__((always_inline)) __m256i broadcast4(const int8_t* a) {
-  return _mm256_set1_epi32(*reinterpret_cast<const AnyInt32*>(a));
-}
-
-// Written out, product and sum together: g++ 12 hoists the products of intrinsics and spills them.
-// To int16 sums, or with kVnni to int32.
-template <bool kVnni>
-inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u, __m256i a) {
-  if constexpr (kVnni) {
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(a));
-  } else {
-    __m256i products;
-    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
-  }
-}
-// To int32 sums. With its broadcast, which otherwise would be kept for the other half of the
-// outputs, in memory.
-template <bool kVnni>
-inline __attribute__((always_inline)) void add_pairs(__m256i& sum, __m256i u, const int8_t* a) {
-  __m256i products;
-  if constexpr (kVnni) {
-    asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpwssd %1, %2, %0"
-        : "+x"(sum), "=&x"(products)
-        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
-  } else {
-    asm("vpbroadcastd %3, %1\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(products)
-        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
-  }
-}
-
-inline __attribute__((always_inline)) __m256i load(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-}
-inline __attribute__((always_inline)) void add_to(int32_t* sums, __m256i x) {
-  auto* const target = reinterpret_cast<__m256i*>(sums);
-  _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), x));
-}
-
-// Half h (32 bytes, eight outputs) of V[step], uniform codes.
-template <int kBits>
-inline __attribute__((always_inline)) __m256i half_step(const uint8_t* lines, int step, int h) {
-  constexpr int kLow = kBits == 3 ? 2 : kBits, kPerLine = 8 / kLow;
-  const int j = step % kPerLine;
-  const __m256i codes = load(lines + step / kPerLine * kLine + 32 * h);
-  if constexpr (kBits == 8) return codes;
-  __m256i u =
-      _mm256_and_si256(_mm256_srli_epi16(codes, j * kLow), _mm256_set1_epi8((1 << kLow) - 1));
-  if constexpr (kBits == 3) {
-    const __m256i high = load(lines + 2 * kLine + 32 * h);
-    const __m256i moved =
-        step < 2 ? _mm256_slli_epi16(high, 2 - step) : _mm256_srli_epi16(high, step - 2);
-    u = _mm256_or_si256(u, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
-  }
-  return u;
-}
+constexpr int64_t kRowsAtOnce = 192;  // sums and values of these rows stay in L1 and L2
 
 // u of half h from four-bit codes: lane l of tables[h][q] is the table of output 8 h + 4 l + q.
 struct LevelTables {
@@ -114,7 +51,7 @@ void unpack_blocks(const uint8_t* lines, int64_t blocks, const LevelTables* leve
       for (int h = 0; h < 2; ++h) {
         __m256i u = half_step<kBits>(lines, step, h);
         if (levels != nullptr) u = levels->look_up(u, h);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel + step * kLine + 32 * h), u);
+        store(panel + step * kLine + 32 * h, u);
       }
     }
   }
@@ -135,27 +72,6 @@ void unpack_segment(const PackedWeight& w, int64_t tile, int64_t block, int64_t 
   }
 }
 
-struct PanelSteps {
-  const uint8_t* panel;
-  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
-    return load(panel + (block * kSteps + step) * kLine + 32 * h);
-  }
-  void prefetch(int64_t) const {}
-};
-
-template <int kBits>
-struct PackedSteps {
-  const uint8_t* lines;
-  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
-    return half_step<kBits>(lines + block * kBits * kLine, step, h);
-  }
-  inline __attribute__((always_inline)) void prefetch(int64_t block) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i)
-      __builtin_prefetch(lines + (block * kBits + i) * kLine + kPrefetch);
-  }
-};
-
 // sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
 template <int R, bool kVnni, class Source>
 __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, int64_t window,
@@ -166,20 +82,7 @@ __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, 
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
     const int64_t end = first + window < blocks ? first + window : blocks;
-    for (int64_t b = first; b < end; ++b) {
-      source.prefetch(b);
-      const int8_t* const x = a + b * kBlockInputs;
-#pragma GCC unroll 8
-      for (int step = 0; step < kSteps; ++step) {
-        const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          const __m256i four = broadcast4(x + r * stride + 4 * step);
-          add_products<kVnni>(d[r][0], u0, four);
-          add_products<kVnni>(d[r][1], u1, four);
-        }
-      }
-    }
+    add_blocks<R, kVnni, false>(source, first, end, a, stride, d);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m256i first_half = kVnni ? d[r][0] : _mm256_madd_epi16(d[r][0], ones);
@@ -190,32 +93,14 @@ __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, 
   }
 }
 
-// The same for 16-bit activations (inputs 0 2 1 3 of every four).
+// The same for 16-bit activations.
 template <int R, bool kVnni, class Source>
 __attribute__((noinline)) void add_wide(const Source& source, int64_t blocks, const int8_t* a,
                                         int64_t stride, int32_t* sums) {
-  const __m256i low = _mm256_set1_epi16(0xff);
   __m256i d[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
-  for (int64_t b = 0; b < blocks; ++b) {
-    source.prefetch(b);
-    const int8_t* const x = a + b * kBlockInputs * 2;
-#pragma GCC unroll 8
-    for (int step = 0; step < kSteps; ++step) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const __m256i u = source(b, step, h);
-        const __m256i even = _mm256_and_si256(u, low), odd = _mm256_srli_epi16(u, 8);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          const int8_t* const four = x + r * stride + 8 * step;
-          add_pairs<kVnni>(d[r][h], even, four);
-          add_pairs<kVnni>(d[r][h], odd, four + 4);
-        }
-      }
-    }
-  }
+  add_blocks<R, kVnni, true>(source, 0, blocks, a, stride, d);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     add_to(sums + r * kTileOutputs, d[r][0]);
@@ -231,7 +116,8 @@ struct Run {
   int64_t block;
   int64_t blocks;
   int64_t window;
-  int32_t* sums;  // [rows, 16]
+  int32_t* sums;                            // [rows, 16]
+  const GroupTable* multipliers = nullptr;  // of these blocks, where starts are given
 
   template <int R, class Source>
   void take(const Source& source, int64_t& row) const {
@@ -247,9 +133,21 @@ struct Run {
     for (; row + R <= rows; row += R) {
       const int8_t* const a = all + (first_row + row) * stride + block * kBlockInputs * size;
       int32_t* const target = sums + row * kTileOutputs;
+      if (multipliers != nullptr) {
+        const GroupRun groups = groups_of(row, stride);
+        p.wide != nullptr ? add_groups<R, kVnni, true>(source, groups, a, target)
+                          : add_groups<R, kVnni, false>(source, groups, a, target);
+        continue;
+      }
       p.wide != nullptr ? add_wide<R, kVnni>(source, blocks, a, stride, target)
                         : add_narrow<R, kVnni>(source, blocks, window, a, stride, target);
     }
+  }
+
+  GroupRun groups_of(int64_t row, int64_t stride) const {
+    const GroupStarts& s = p.group_starts;
+    const int32_t* const starts = p.starts + block / s.blocks * s.rows + first_row + row;
+    return {*multipliers, blocks, p.weight.multipliers.blocks, s.blocks, stride, starts, s.rows};
   }
 
   void from_panel(const uint8_t* panel) const {
@@ -260,18 +158,26 @@ struct Run {
     take<1>(PanelSteps{panel}, row);
   }
 
+  void from_lines(int64_t tile) const {
+    switch (p.weight.layout.bits) {
+      case 2:
+        return from_lines<2>(tile);
+      case 3:
+        return from_lines<3>(tile);
+      default:
+        return from_lines<4>(tile);
+    }
+  }
+
   template <int kBits>
-  void from_lines() const {
+  void from_lines(int64_t tile) const {
     const PackedWeight& w = p.weight;
-    const PackedSteps<kBits> source{w.packed +
-                                    (tile * w.layout.blocks + block) * w.layout.bits * kLine};
+    const PackedSteps<kBits> source{w.packed + (tile * w.layout.blocks + block) * kBits * kLine};
     int64_t row = 0;
     take<4>(source, row);
     take<2>(source, row);
     take<1>(source, row);
   }
-
-  int64_t tile;
 };
 
 void start_sums(const PackedProduct& p, int64_t g, int64_t first_row, int64_t rows, int32_t* sums) {
@@ -293,16 +199,46 @@ void sum_group(const PackedProduct& p, const LevelTables* levels, int64_t tile, 
                                                       : 1;
   start_sums(p, g, first_row, rows, sums);
   if (rows <= 4 && layout.bits < 8 && levels == nullptr) {
-    const Run run{p, first_row, rows, block, blocks, window, sums, tile};
-    return layout.bits == 2   ? run.from_lines<2>()
-           : layout.bits == 3 ? run.from_lines<3>()
-                              : run.from_lines<4>();
+    return Run{p, first_row, rows, block, blocks, window, sums}.from_lines(tile);
   }
   alignas(64) uint8_t panel[kSegmentBlocks * kSteps * kLine];
   for (int64_t b = 0; b < blocks; b += kSegmentBlocks) {
     const int64_t count = blocks - b < kSegmentBlocks ? blocks - b : kSegmentBlocks;
     unpack_segment(p.weight, tile, block + b, count, levels, panel);
-    Run{p, first_row, rows, block + b, count, window, sums, tile}.from_panel(panel);
+    Run{p, first_row, rows, block + b, count, window, sums}.from_panel(panel);
+  }
+}
+
+// Note [integer groups]: the sums of windows or groups are multiplied where starts are given for
+// them, elsewhere the weight itself.
+void sum_span(const PackedProduct& p, int64_t tile, int64_t span, int64_t first_row, int64_t rows,
+              int32_t* sums) {
+  const BlockLayout& layout = p.weight.layout;
+  const int64_t group = p.weight.multipliers.blocks, step = kSegmentBlocks / group * group;
+  const int64_t first = span * layout.group_blocks, end = first + layout.blocks_of_group(span);
+  const bool multiplies_sums = p.starts != nullptr;
+  if (multiplies_sums) {
+    for (int64_t i = 0; i < rows * kTileOutputs; ++i) sums[i] = 0;
+  } else {
+    start_sums(p, span, first_row, rows, sums);
+  }
+  GroupTable table;
+  alignas(64) uint8_t panel[kSegmentBlocks * kSteps * kLine];
+  for (int64_t block = first; block < end; block += step) {
+    const int64_t blocks = end - block < step ? end - block : step;
+    Run run{p, first_row, rows, block, blocks, kSegmentBlocks, sums};
+    if (multiplies_sums) {
+      table.fill(p, tile, block, blocks);
+      run.multipliers = &table;
+      if (rows <= 4) {
+        run.from_lines(tile);
+        continue;
+      }
+      unpack_segment(p.weight, tile, block, blocks, nullptr, panel);
+    } else {
+      unpack_multiplied(p.weight, tile, block, blocks, panel);
+    }
+    run.from_panel(panel);
   }
 }
 
@@ -313,14 +249,17 @@ void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int6
   const bool has_levels = p.weight.levels != nullptr;
   const LevelTables levels(p.weight, tile);
   for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
-    sum_group(p, has_levels ? &levels : nullptr, tile, g, first_row, rows, sums);
+    p.weight.multipliers.values != nullptr
+        ? sum_span(p, tile, g, first_row, rows, sums)
+        : sum_group(p, has_levels ? &levels : nullptr, tile, g, first_row, rows, sums);
     for (int64_t r = 0; r < rows; ++r)
       add_group(p, g, first_row + r, output, sums + r * kTileOutputs, values + r * kTileOutputs);
   }
   finish_tile(p, tile, first_row, rows, values);
 }
 
-void run_avx2(const PackedProduct& p) {
+void run_avx2(PackedProduct p) {
+  if (p.weight.multipliers.values != nullptr) p.weight.origin = kByteOrigin;
   const int64_t chunks = (p.rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int64_t most = chunks == 0 ? 1 : (p.rows + chunks - 1) / chunks;
   for (int64_t row = 0; row < p.rows; row += most) {

@@ -15,6 +15,7 @@ inline PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t co
   if (part.narrow != nullptr) part.narrow += first * depth;
   if (part.wide != nullptr) part.wide += first * depth;
   part.sums += first * layout.groups;
+  if (part.starts != nullptr) part.starts += first;
   part.a_scale += first;
   if (part.a_zero != nullptr) part.a_zero += first;
   if (part.residual != nullptr) part.residual += first * all.weight.outputs;

@@ -3,10 +3,13 @@
 #include <csrc/core/check.h>
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
+#include <csrc/kernels/linear_multipliers.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <tuple>
+#include <vector>
 
 namespace torchquant {
 namespace {
@@ -97,6 +100,29 @@ struct GridRows {
   }
 };
 
+// Units and multipliers (Note [integer groups]) into the last rows of a grid, if all outputs have
+// them.
+void write_multipliers(const at::Tensor& grid, const at::Tensor& scale, const at::Tensor& zero,
+                       int64_t bits, int64_t rows) {
+  const int64_t outputs = scale.size(0), groups = scale.size(1), stride = grid.size(1);
+  const at::Tensor found = at::zeros({rows, stride}, grid.options());
+  float* const units = found.mutable_data_ptr<float>();
+  auto* const multipliers = reinterpret_cast<uint8_t*>(units + stride);
+  std::atomic<bool> all{true};
+  at::parallel_for(0, outputs, 64, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> own(static_cast<size_t>(groups));
+    for (int64_t n = begin; n < end && all; ++n) {
+      const float* const zeros =
+          zero.defined() ? zero.const_data_ptr<float>() + n * groups : nullptr;
+      const GroupScales row{scale.const_data_ptr<float>() + n * groups, zeros, groups, bits};
+      if (!find_multipliers(row, units[n], own.data())) all = false;
+      for (int64_t g = 0; g < groups; ++g)
+        multipliers[g * stride + n] = own[static_cast<size_t>(g)];
+    }
+  });
+  if (all) grid.narrow(0, grid.size(0) - rows, rows).copy_(found);
+}
+
 void check_codes(const at::Tensor& codes, const at::Tensor& scale,
                  const std::optional<at::Tensor>& zero_point, int64_t bits, int64_t group_size) {
   check_device(kOp, codes);
@@ -155,7 +181,8 @@ Packed linear_prepack(const at::Tensor& codes, const at::Tensor& scale,
   const at::Tensor own_zero = zero_point.has_value() ? zero_point->contiguous() : at::Tensor();
   const int64_t stride = padded(outputs, kPanelOutputs);
   const int64_t grid_rows = layout.groups * (zero_point.has_value() ? 2 : 1) + 1;
-  const at::Tensor grid = at::zeros({grid_rows, stride}, scale.options());
+  const int64_t last_rows = multiplier_rows(layout, group_size, levels.has_value());
+  const at::Tensor grid = at::zeros({grid_rows + last_rows, stride}, scale.options());
   const GridRows rows{layout,
                       own_codes.const_data_ptr<uint8_t>(),
                       own_scale.const_data_ptr<float>(),
@@ -169,6 +196,7 @@ Packed linear_prepack(const at::Tensor& codes, const at::Tensor& scale,
   at::parallel_for(0, columns == 0 ? 0 : outputs, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) rows.write(n, out, stride);
   });
+  if (last_rows > 0) write_multipliers(grid, own_scale, own_zero, bits, last_rows);
   return {pack_tiles(own_codes, layout), grid, table};
 }
 
@@ -207,11 +235,12 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
   check_shape(op, "packed", packed,
               {padded(outputs, kTileOutputs) / kTileOutputs, layout.blocks, layout.bits, kLine});
   const int64_t stride = padded(outputs, kPanelOutputs);
+  const int64_t last_rows = multiplier_rows(layout, tensors_.group_size, levels.has_value());
+  const int64_t least = layout.groups + 1 + last_rows, most = least + layout.groups;
   TORCH_CHECK_VALUE(
-      grid.dim() == 2 && grid.size(1) == stride &&
-          (grid.size(0) == layout.groups + 1 || grid.size(0) == 2 * layout.groups + 1),
-      op, ": grid must be [", layout.groups + 1, " or ", 2 * layout.groups + 1, ", ", stride,
-      "] as linear_prepack gives, got ", grid.sizes());
+      grid.dim() == 2 && grid.size(1) == stride && (grid.size(0) == least || grid.size(0) == most),
+      op, ": grid must be [", least, " or ", most, ", ", stride, "] as linear_prepack gives, got ",
+      grid.sizes());
   if (levels.has_value()) {
     TORCH_CHECK_TYPE(levels->scalar_type() == at::kChar, op, ": levels must be int8, got ",
                      levels->scalar_type());
@@ -225,7 +254,7 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
   grid = grid.contiguous();
   const float* const scale = grid.const_data_ptr<float>();
   const int64_t size = layout.groups * stride;
-  const bool offsets = grid.size(0) == 2 * layout.groups + 1;
+  const bool offsets = grid.size(0) == most;
   view_ = {layout,
            outputs,
            stride,
@@ -236,6 +265,20 @@ Prepacked::Prepacked(const char* op, PrepackedTensors tensors) : tensors_(std::m
            scale + size * (offsets ? 2 : 1),
            levels.has_value() ? levels->const_data_ptr<int8_t>() : nullptr,
            levels.has_value() && levels->dim() == 2 ? 16 : 0};
+  if (last_rows == 0 || outputs == 0 || packed.is_cuda()) return;
+  const float* const units = view_.sum + stride;
+  if (units[0] > 0) units_ = units;
+}
+
+PackedWeight Prepacked::view(bool wide) const {
+  if (units_ == nullptr) return view_;
+  PackedWeight view = view_;
+  view.layout = span_layout(view_.layout, wide);
+  view.scale = units_;
+  view.offset = nullptr;
+  view.multipliers = {reinterpret_cast<const uint8_t*>(units_ + view_.stride), view_.offset,
+                      view_.layout.group_blocks};
+  return view;
 }
 
 bool bytes_need_wide() { return cpu_tier() == CpuTier::avx2 || cpu_tier() == CpuTier::avx512; }

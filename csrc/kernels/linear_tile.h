@@ -15,6 +15,18 @@ TORCHQUANT_HOST_DEVICE uint8_t entry_of(const PackedWeight& weight, int64_t tile
   return static_cast<uint8_t>(weight.levels[row + code] + 128);
 }
 
+// What output o's u are multiplied with in block `block`, and the u that is zero there.
+struct Multiplier {
+  int32_t value;
+  int32_t zero;
+};
+inline Multiplier multiplier_of(const PackedWeight& w, int64_t block, int64_t output) {
+  const GroupMultipliers& m = w.multipliers;
+  const int64_t at = block / m.blocks * w.stride + output;
+  const int32_t offset = m.offset == nullptr ? 0 : static_cast<int32_t>(m.offset[at]);
+  return {m.values[at], (1 << (w.layout.bits - 1)) - offset};
+}
+
 // Code of byte i of V[step] in a block (Note [weight tiles]).
 TORCHQUANT_HOST_DEVICE uint8_t code_in_block(const uint8_t* lines, int64_t bits, int64_t step,
                                              int64_t i) {
@@ -37,7 +49,7 @@ TORCHQUANT_HOST_DEVICE uint8_t code_in_block(const uint8_t* lines, int64_t bits,
 inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t output,
                       const int32_t* d, float* values) {
   const PackedWeight& w = p.weight;
-  const float* __restrict__ scale = w.scale + g * w.stride + output;
+  const float* __restrict__ scale = w.scale_of(g) + output;
   float added[kTileOutputs];
   for (int64_t o = 0; o < kTileOutputs; ++o) added[o] = static_cast<float>(d[o]);
   if (w.offset != nullptr) {

@@ -1,8 +1,10 @@
 // The kernel for 64-byte vectors with vpdpbusd and vpdpwssd: R rows x T tiles of 16 outputs in
 // registers over all inputs. For few rows codes are unpacked on the way, for many once, to a panel.
 #pragma once
-#include <csrc/kernels/linear_zmm.h>
+#include <csrc/kernels/linear_zmm_groups.h>
 #include <stdlib.h>
+
+#include <new>
 
 namespace torchquant {
 namespace {
@@ -37,6 +39,38 @@ struct VnniTile {
   // D of one group, starting at `block`.
   inline __attribute__((always_inline)) void sum_group(const Format& format, int64_t g,
                                                        int64_t block, __m512i (&d)[R][T]) const {
+    for_each_sum([&](int r, int t) __attribute__((always_inline)) {
+      d[r][t] = _mm512_set1_epi32(start_of(p, g, row + r));
+    });
+    add_blocks(format, block, p.weight.layout.blocks_of_group(g), d);
+  }
+
+  // D of one span, whose groups are summed and multiplied one by one: Note [integer groups].
+  inline __attribute__((always_inline)) void sum_span(const Format& format, int64_t span,
+                                                      int64_t block, __m512i (&d)[R][T]) const {
+    const PackedWeight& w = p.weight;
+    const int64_t end = block + w.layout.blocks_of_group(span), size = w.multipliers.blocks;
+    for_each_sum([&](int r, int t)
+                     __attribute__((always_inline)) { d[r][t] = _mm512_setzero_si512(); });
+    for (; block < end; block += size) {
+      const int32_t* const starts = p.starts + block / size * p.group_starts.rows + row;
+      __m512i sums[R][T];
+      for_each_sum([&](int r, int t) __attribute__((always_inline)) {
+        sums[r][t] = _mm512_set1_epi32(starts[r]);
+        if (w.multipliers.offset != nullptr)
+          sums[r][t] = _mm512_mullo_epi32(sums[r][t], group_zeros(w, block, tile + t));
+      });
+      add_blocks(format, block, end - block < size ? end - block : size, sums);
+      for_each_sum([&](int r, int t) __attribute__((always_inline)) {
+        const __m512i by = group_multipliers(w, block, tile + t);
+        d[r][t] = _mm512_add_epi32(d[r][t], _mm512_mullo_epi32(sums[r][t], by));
+      });
+    }
+  }
+
+  // d += u * a over `blocks` blocks.
+  inline __attribute__((always_inline)) void add_blocks(const Format& format, int64_t block,
+                                                        int64_t blocks, __m512i (&d)[R][T]) const {
     const PackedWeight& w = p.weight;
     const int64_t depth = w.layout.blocks * kBlockInputs * kSize;
     const int64_t line_bytes = w.layout.bits * kLine;
@@ -45,12 +79,12 @@ struct VnniTile {
     const uint8_t* lines = lines_of(w, tile, block);
     __m512i sums[R][T][kChains];
     for_each_sum([&](int r, int t) __attribute__((always_inline)) {
-      sums[r][t][0] = _mm512_set1_epi32(start_of(p, g, row + r));
+      sums[r][t][0] = d[r][t];
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) sums[r][t][c] = _mm512_setzero_si512();
     });
     const int64_t tile_bytes = w.layout.blocks * line_bytes;
-    for (int64_t b = w.layout.blocks_of_group(g); b > 0; --b) {
+    for (int64_t b = blocks; b > 0; --b) {
       add_block(format, lines, tile_bytes, a, depth, sums);
       lines += line_bytes;
       a += kBlockInputs * kSize;
@@ -115,7 +149,12 @@ struct VnniTile {
     const bool activates = p.epilogue != Epilogue::none;
     for (int64_t g = 0; g < groups; ++g) {
       __m512i d[R][T];
-      sum_group(format, g, g * p.weight.layout.group_blocks, d);
+      const int64_t block = g * p.weight.layout.group_blocks;
+      if constexpr (is_multiplied<Format>) {
+        sum_span(format, g, block, d);
+      } else {
+        sum_group(format, g, block, d);
+      }
       for_each_sum([&](int r, int t) __attribute__((always_inline)) {
         float* const before = values[r] + t * kTileOutputs;
         const TileOutputs outputs(p, g, tile + t);
@@ -156,30 +195,36 @@ void run_tiles(const PackedProduct& p, int64_t tile) {
 
 constexpr int64_t kVnniTiles = 4;  // in registers
 
-template <class Format>
+// T tiles at a time, with their u in eight bits each.
+template <int T, class Format>
 void run_panels(const PackedProduct& p, int64_t& tile, uint8_t* panel) {
   PackedProduct bytes = p;
   bytes.weight.layout.bits = 8;
   bytes.weight.packed = panel;
-  for (; tile + kVnniTiles <= p.last_tile; tile += kVnniTiles) {
+  if (is_multiplied<Format>) bytes.weight.origin = kByteOrigin;
+  for (; tile + T <= p.last_tile; tile += T) {
     const int64_t blocks = p.weight.layout.blocks;
-    for (int64_t t = 0; t < kVnniTiles; ++t)
-      unpack_blocks(Format(p.weight, tile + t), lines_of(p.weight, tile + t, 0),
-                    p.weight.layout.bits, blocks, panel + t * blocks * kBlockBytes);
+    for (int64_t t = 0; t < T; ++t)
+      unpack_blocks(Format(p.weight, tile + t), p.weight, tile + t, 0, blocks,
+                    panel + t * blocks * kBlockBytes);
     bytes.weight.packed_tile = tile;
-    p.wide != nullptr ? run_tiles<kVnniTiles, UniformCodes<8>, true>(bytes, tile)
-                      : run_tiles<kVnniTiles, UniformCodes<8>, false>(bytes, tile);
+    p.wide != nullptr ? run_tiles<T, UniformCodes<8>, true>(bytes, tile)
+                      : run_tiles<T, UniformCodes<8>, false>(bytes, tile);
   }
 }
 
 template <class Format, int kTiles = kVnniTiles>
 void run_format(const PackedProduct& p) {
   int64_t tile = p.first_tile;
+  const bool multiplied = is_multiplied<Format> && p.starts == nullptr;
   const bool is_bytes = p.weight.levels == nullptr && p.weight.layout.bits == 8;
-  if (p.rows >= Format::kPanelRows && !is_bytes && tile + kVnniTiles <= p.last_tile) {
+  const bool many = p.rows >= Format::kPanelRows && !is_bytes && tile + kVnniTiles <= p.last_tile;
+  if (multiplied || many) {
     const auto size = static_cast<size_t>(kVnniTiles * p.weight.layout.blocks * kBlockBytes);
     auto* const panel = static_cast<uint8_t*>(aligned_alloc(kLine, size));
-    if (panel != nullptr) run_panels<Format>(p, tile, panel);
+    if (panel == nullptr && multiplied) throw std::bad_alloc();
+    if (panel != nullptr) run_panels<kVnniTiles, Format>(p, tile, panel);
+    if (multiplied) run_panels<1, Format>(p, tile, panel);
     free(panel);
   }
   // For one row the weights are read once: in the order in which they lie.
@@ -191,20 +236,26 @@ void run_format(const PackedProduct& p) {
     p.wide != nullptr ? run_tiles<1, Format, true>(p, tile) : run_tiles<1, Format, false>(p, tile);
 }
 
+template <template <int> class Codes>
+void run_vnni_codes(const PackedProduct& p) {
+  switch (p.weight.layout.bits) {
+    case 2:
+      return run_format<Codes<2>>(p);
+    case 3:
+      return run_format<Codes<3>>(p);
+    case 4:
+      return run_format<Codes<4>>(p);
+    default:
+      return run_format<UniformCodes<8>>(p);
+  }
+}
+
 void run_vnni(const PackedProduct& p) {
   const PackedWeight& w = p.weight;
   if (w.levels != nullptr)
     return w.level_stride == 0 ? run_format<SharedLevels>(p) : run_format<RowLevels, 1>(p);
-  switch (w.layout.bits) {
-    case 2:
-      return run_format<UniformCodes<2>>(p);
-    case 3:
-      return run_format<UniformCodes<3>>(p);
-    case 4:
-      return run_format<UniformCodes<4>>(p);
-    default:
-      return run_format<UniformCodes<8>>(p);
-  }
+  w.multipliers.values != nullptr ? run_vnni_codes<MultipliedCodes>(p)
+                                  : run_vnni_codes<UniformCodes>(p);
 }
 
 }  // namespace

@@ -87,10 +87,16 @@ struct RowLevels {
 
 constexpr int64_t kBlockBytes = 8 * kLine;  // of eight bits
 
-// A tile's blocks with their u in eight bits each, the form of 8-bit codes (Note [weight tiles]).
+inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t block) {
+  return w.packed + ((tile - w.packed_tile) * w.layout.blocks + block) * w.layout.bits * kLine;
+}
+
+// Blocks of a tile with their u in eight bits each, the form of 8-bit codes (Note [weight tiles]).
 template <class Format>
-void unpack_blocks(const Format& format, const uint8_t* lines, int64_t bits, int64_t blocks,
-                   uint8_t* to) {
+void unpack_blocks(const Format& format, const PackedWeight& w, int64_t tile, int64_t block,
+                   int64_t blocks, uint8_t* to) {
+  const uint8_t* lines = lines_of(w, tile, block);
+  const int64_t bits = w.layout.bits;
   const int64_t ahead = blocks * bits * kLine;  // the lines after these, for when these are used
   for (int64_t b = 0; b < blocks; ++b, lines += bits * kLine) {
     for (int64_t i = 0; i < bits; ++i) __builtin_prefetch(lines + ahead + i * kLine);
@@ -98,10 +104,6 @@ void unpack_blocks(const Format& format, const uint8_t* lines, int64_t bits, int
     for (int step = 0; step < 8; ++step, to += kLine)
       _mm512_store_si512(to, format.at(step, lines));
   }
-}
-
-inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t block) {
-  return w.packed + ((tile - w.packed_tile) * w.layout.blocks + block) * w.layout.bits * kLine;
 }
 
 // What D starts with: -origin * S.
@@ -118,7 +120,7 @@ struct TileOutputs {
     const int64_t output = tile * kTileOutputs, at = g * w.stride + output;
     const int64_t left = w.outputs - output;
     there = static_cast<__mmask16>(left < kTileOutputs ? (1 << left) - 1 : 0xffff);
-    scale = _mm512_loadu_ps(w.scale + at);
+    scale = _mm512_loadu_ps(w.scale_of(g) + output);
     if (w.offset != nullptr) offset = _mm512_loadu_ps(w.offset + at);
     if (p.a_zero != nullptr) sum = _mm512_loadu_ps(w.sum + output);
     if (p.bias != nullptr) bias = _mm512_maskz_loadu_ps(there, p.bias + output);

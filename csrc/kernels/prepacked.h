@@ -8,8 +8,9 @@
 namespace torchquant {
 
 struct PrepackedTensors {
-  at::Tensor packed;                 // uint8 [ceil(N / 16), blocks, bits, 64]
-  at::Tensor grid;                   // float32 [groups + 1 or 2 * groups + 1, stride]
+  at::Tensor packed;  // uint8 [ceil(N / 16), blocks, bits, 64]
+  // float32 [rows, stride]: scales of groups, offsets (or not), sums, and multiplier_rows.
+  at::Tensor grid;
   std::optional<at::Tensor> levels;  // int8 [16] or [N padded to 16, 16]
   int64_t bits;
   int64_t in_features;
@@ -25,12 +26,16 @@ class Prepacked {
   Prepacked(const char* op, PrepackedTensors tensors);
 
   const PackedWeight& view() const { return view_; }
+  // For products with activations of 16 bits or fewer: with multipliers in place of scales of
+  // groups where the weight has them, on a CPU.
+  PackedWeight view(bool wide) const;
   // Whether the kernel in use multiplies these weights with 16-bit activations only.
   bool needs_wide() const;
 
  private:
   PrepackedTensors tensors_;
   PackedWeight view_;
+  const float* units_ = nullptr;  // [stride], and the multipliers behind
 };
 
 }  // namespace torchquant

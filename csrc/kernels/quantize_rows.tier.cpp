@@ -14,6 +14,20 @@ void interleave(int16_t* a, int64_t count) {
   }
 }
 
+// Starts of groups that are multiplied: Note [integer groups].
+template <class To>
+void sum_groups(const QuantizeRows& q, int64_t row, const To* __restrict__ a) {
+  const GroupStarts& starts = q.group_starts;
+  const int64_t depth = q.layout.blocks * kBlockInputs, size = starts.blocks * kBlockInputs;
+  int32_t* to = q.starts + row;
+  for (int64_t first = 0; first < depth; first += size, to += starts.rows) {
+    const int64_t end = first + size < depth ? first + size : depth;
+    const int32_t sum = sum_of(a + first, end - first) * starts.factor;
+    *to =
+        starts.pairs ? static_cast<int32_t>((static_cast<uint32_t>(sum) & 0xffff) * 0x10001) : sum;
+  }
+}
+
 // One row: what `integers(from, count, to)` makes of each group's inputs, then zeros.
 template <class Input, class To, class Integers>
 inline __attribute__((always_inline)) void fill_row(const QuantizeRows& q, int64_t row,
@@ -31,6 +45,7 @@ inline __attribute__((always_inline)) void fill_row(const QuantizeRows& q, int64
     interleave(a, padded);
     a += padded;
   }
+  if (q.starts != nullptr) sum_groups(q, row, a - layout.blocks * kBlockInputs);
 }
 
 template <class To>

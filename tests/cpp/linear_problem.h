@@ -1,7 +1,7 @@
 // Random packed linear layers for the leaves of csrc/kernels/linear.h, every array guarded. Any
 // bytes are valid lines of codes, so none are packed here.
 #pragma once
-#include <csrc/kernels/linear.h>
+#include <csrc/kernels/linear_multipliers.h>
 
 #include <cmath>
 #include <ostream>
@@ -12,7 +12,7 @@
 
 namespace torchquant {
 
-enum class Kind { uniform, offset, levels, row_levels };
+enum class Kind { uniform, offset, levels, row_levels, multiplied, multiplied_offset };
 enum class Input { dynamic, grid, codes };
 
 struct LinearCase {
@@ -29,7 +29,13 @@ struct LinearCase {
   bool codes = false;  // as outputs
 
   bool has_levels() const { return kind == Kind::levels || kind == Kind::row_levels; }
-  BlockLayout layout() const { return block_layout(columns, group_size, bits, has_levels()); }
+  bool has_multipliers() const {
+    return kind == Kind::multiplied || kind == Kind::multiplied_offset;
+  }
+  BlockLayout layout() const {
+    const BlockLayout groups = block_layout(columns, group_size, bits, has_levels());
+    return has_multipliers() ? span_layout(groups, wide) : groups;
+  }
   int64_t tiles() const { return (outputs + kTileOutputs - 1) / kTileOutputs; }
 };
 
@@ -66,6 +72,20 @@ inline std::vector<LinearCase> linear_cases(int64_t count, const std::vector<int
   return cases;
 }
 
+// The same with integer multipliers of groups.
+inline std::vector<LinearCase> multiplied_cases(int64_t count, const std::vector<int64_t>& rows) {
+  std::mt19937 engine(12);
+  const auto pick = [&](std::vector<int64_t> from) { return from[engine() % from.size()]; };
+  std::vector<LinearCase> cases = linear_cases(count, rows);
+  for (LinearCase& c : cases) {
+    c.kind = static_cast<Kind>(pick({4, 5}));
+    c.bits = pick({2, 3, 4});
+    c.group_size = pick({32, 64, 96, 128, 512});
+    c.columns = c.group_size + pick({1, 31, 32, 33, 100, 257, 600, 1100});
+  }
+  return cases;
+}
+
 class LinearProblem {
  public:
   explicit LinearProblem(const LinearCase& c)
@@ -76,6 +96,7 @@ class LinearProblem {
     scale_ = floats(layout_.groups * stride);
     offset_ = floats(c.kind == Kind::offset ? layout_.groups * stride : 0);
     sum_ = floats(stride);
+    if (c.has_multipliers()) fill_multipliers(stride);
     levels_ = Guarded<int8_t>(!c.has_levels() ? 0 : c.kind == Kind::levels ? 16 : c.tiles() * 256);
     for (int64_t i = 0; i < levels_.size(); ++i) levels_[i] = static_cast<int8_t>(engine_());
     x_ = floats(c.input == Input::codes ? 0 : c.rows * c.columns);
@@ -104,8 +125,12 @@ class LinearProblem {
   }
 
   // Everything is overwritten first with what no leaf leaves there.
-  bool quantize(void (*leaf)(const QuantizeRows&)) {
+  bool quantize(void (*leaf)(const QuantizeRows&), CpuTier tier = CpuTier::scalar) {
     bool finite = true;
+    group_starts_ = group_starts(weight(), tier, c_.wide, c_.rows);
+    starts_ =
+        Guarded<int32_t>(group_starts_.blocks == 0 ? 0 : group_starts_.count(layout_) * c_.rows);
+    fill(starts_);
     fill(narrow_), fill(wide_), fill(sums_);
     if (c_.input == Input::dynamic) fill(a_scale_);
     QuantizeRows q{};
@@ -116,6 +141,8 @@ class LinearProblem {
     q.narrow = narrow_.data_or_null();
     q.wide = wide_.data_or_null();
     q.sums = sums_.data();
+    q.group_starts = group_starts_;
+    q.starts = starts_.data_or_null();
     q.largest = largest_.data();
     q.finite = &finite;
     q.shift = 128;
@@ -143,6 +170,8 @@ class LinearProblem {
     p.narrow = narrow_.data_or_null();
     p.wide = wide_.data_or_null();
     p.sums = sums_.data();
+    p.group_starts = group_starts_;
+    p.starts = starts_.data_or_null();
     p.a_scale = a_scale_.data();
     p.a_zero = a_zero_.data_or_null();
     p.bias = bias_.data_or_null();
@@ -167,16 +196,20 @@ class LinearProblem {
 
   PackedWeight weight() const {
     const int64_t stride = sum_.size();
-    return {layout_,
-            c_.outputs,
-            stride,
-            c_.has_levels() ? 128 : 1 << (c_.bits - 1),
-            packed_.data(),
-            scale_.data(),
-            offset_.data_or_null(),
-            sum_.data(),
-            levels_.data_or_null(),
-            c_.kind == Kind::row_levels ? 16 : 0};
+    PackedWeight weight{layout_,
+                        c_.outputs,
+                        stride,
+                        c_.has_levels() ? 128 : 1 << (c_.bits - 1),
+                        packed_.data(),
+                        scale_.data(),
+                        c_.has_multipliers() ? nullptr : offset_.data_or_null(),
+                        sum_.data(),
+                        levels_.data_or_null(),
+                        c_.kind == Kind::row_levels ? 16 : 0};
+    if (c_.has_multipliers())
+      weight.multipliers = {multipliers_.data(), offset_.data_or_null(),
+                            c_.group_size / kBlockInputs};
+    return weight;
   }
 
   // What a quantize, multiply or unpack left, NaN included.
@@ -200,6 +233,20 @@ class LinearProblem {
   Guarded<float>& x() { return x_; }
 
  private:
+  // Zero points, the largest multipliers that fit and smaller ones.
+  void fill_multipliers(int64_t stride) {
+    const int64_t groups = (c_.columns + c_.group_size - 1) / c_.group_size;
+    const int64_t origin = 1 << (c_.bits - 1);
+    multipliers_ = Guarded<uint8_t>(groups * stride);
+    offset_ = Guarded<float>(c_.kind == Kind::multiplied_offset ? groups * stride : 0);
+    for (int64_t i = 0; i < groups * stride; ++i) {
+      const int64_t zero = offset_.size() == 0 ? origin : engine_() % (2 * origin - 1);
+      const int64_t limit = multiplier_limit(c_.bits, static_cast<float>(zero));
+      if (offset_.size() > 0) offset_[i] = static_cast<float>(origin - zero);
+      multipliers_[i] = static_cast<uint8_t>(engine_() % 2 == 0 ? limit : engine_() % (limit + 1));
+    }
+  }
+
   Guarded<float> floats(int64_t size) {
     std::normal_distribution<float> normal;
     Guarded<float> array(size);
@@ -215,13 +262,14 @@ class LinearProblem {
   LinearCase c_;
   BlockLayout layout_;
   std::mt19937 engine_;
-  Guarded<uint8_t> packed_, codes_, out_codes_;
+  Guarded<uint8_t> packed_, codes_, out_codes_, multipliers_;
   Guarded<float> scale_, offset_, sum_, x_, a_scale_, a_zero_, bias_, residual_, out_, wide_values_;
   Guarded<float> code_scale_, code_zero_point_;
   Guarded<int8_t> levels_, narrow_, bytes_;
   Guarded<uint32_t> largest_;
   Guarded<int16_t> wide_;
-  Guarded<int32_t> sums_;
+  Guarded<int32_t> sums_, starts_;
+  GroupStarts group_starts_;
   Guarded<uint16_t> values_;
 };
 

@@ -81,6 +81,23 @@ TEST(Linear, EveryTierGivesTheSameOutputs) {
   }
 }
 
+// What the kernels take beside the integers is another for each tier, and only theirs.
+TEST(Linear, EveryTierGivesTheSameOutputsOfMultipliedGroups) {
+  for (const LinearCase& c : multiplied_cases(500, {1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 33, 50})) {
+    LinearProblem problem(c), reference(c);
+    reference.quantize(scalar::quantize_rows);
+    for (int64_t first_tile = 0; first_tile < c.tiles(); first_tile += 3) {
+      reference.multiply(scalar::packed_product, first_tile);
+      for (const Tier& tier : tiers()) {
+        problem.quantize(tier.quantize, tier.tier);
+        EXPECT_EQ(problem.integers(), reference.integers()) << tier.name << ": " << c;
+        problem.multiply(tier.multiply, first_tile, tier.tier);
+        EXPECT_TRUE(problem.same_outputs(reference)) << tier.name << ": " << c;
+      }
+    }
+  }
+}
+
 TEST(Linear, EveryTierUnpacksTheSameValues) {
   for (const LinearCase& c : kCases) {
     LinearProblem problem(c), reference(c);

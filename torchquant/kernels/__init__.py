@@ -1,11 +1,13 @@
 from .attention import quantized_attention
 from .conv import conv_prepack, quantized_conv2d
+from .integer_scales import integer_group_scales
 from .layer_norm import quantized_layer_norm
 from .linear import linear_prepack, quantized_linear
 from .pack import pack_codes, unpack_codes
 
 __all__ = [
     "conv_prepack",
+    "integer_group_scales",
     "linear_prepack",
     "pack_codes",
     "quantized_attention",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linear import kernel_groups
+from .linear import grid_rows, kernel_groups
 
 
 def conv_prepack(
@@ -133,19 +133,19 @@ def quantized_conv2d(
 @torch.library.register_fake("torchquant::conv_prepack")
 def _(codes, scale, zero_point=None, *, bits, kernel_size, groups=1, group_size=0, levels=None):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
-    height, width = kernel_size
-    taps = height * width
+    taps = kernel_size[0] * kernel_size[1]
     if groups > 1 and columns == taps and taps <= 256 and (group_size == 0 or group_size >= taps):
-        pairs = codes.new_empty([rows, (height + 1) // 2 * width, 2], dtype=torch.int16)
+        pairs = codes.new_empty([rows, (kernel_size[0] + 1) // 2 * kernel_size[1], 2], dtype=torch.int16)
         return pairs, scale.new_empty([3, rows]), codes.new_empty([0], dtype=torch.int8)
     stored = 4 if levels is not None else bits if bits <= 4 else 8
     kernel, blocks = kernel_groups(columns, group_size, stored, levels is not None)
+    height = grid_rows(kernel, group_size, stored, levels is not None, zero_point is not None)
     outputs = rows // groups
     tiles = (outputs + 15) // 16
     table = [0] if levels is None else [16] if levels.dim() == 1 else [groups * tiles * 16, 16]
     return (
         codes.new_empty([groups * tiles, blocks, stored, 64]),
-        scale.new_empty([groups * (kernel * (1 if zero_point is None else 2) + 1), (outputs + 63) // 64 * 64]),
+        scale.new_empty([groups * height, (outputs + 63) // 64 * 64]),
         codes.new_empty(table, dtype=torch.int8),
     )
 

@@ -18,6 +18,10 @@ def linear_prepack(
 
     ``W = (codes - zero_point) * scale``, or with a table ``W = levels[codes] * scale``.
 
+    Scales of groups that are integer multiples of one unit for each row, ``scale[n, g] == unit[n] * m[n, g]`` in
+    float32, are recognized where ``(code - zero_point) * m`` fits in a byte with sign for every code (4 bits with zero
+    point 8: m up to 16): then CPUs multiply at the speed of one scale for each row. `integer_group_scales` gives such.
+
     Args:
         codes: uint8 ``[N, K]``.
         scale: float32 ``[N, G]``, ``G = ceil(K / group_size)``, 1 for ``group_size`` 0.
@@ -31,6 +35,7 @@ def linear_prepack(
         packed: uint8 ``[ceil(N / 16), blocks, stored bits, 64]``.
         grid: float32 ``[G' + 1, N']`` (``[2 * G' + 1, N']`` with zero points): scales, offsets and the sum of each
             row's values; N' is N padded to 64, and groups so long that int32 sums could overflow are several of the G'.
+            For 2 to 4 bits and groups of a multiple of 32 up to 512 columns, more rows hold integer multipliers.
         levels: int8 ``[16]`` or ``[N padded to 16, 16]``; ``[0]`` without a table.
 
     Raises:
@@ -72,13 +77,14 @@ def quantized_linear(
     - float x with ``input_scale`` ``[]``: the codes that `torchquant.quantizers.uniform_quantize` gives, made inside;
     - uint8 x: such codes, with ``input_scale`` of one number or one for each row.
 
-    On CUDA the same packed tensors serve, and results are equal to the CPU's bit for bit but where 16-bit integers
-    would only stand for floats: without ``input_scale`` and with ``input_bits`` 16, float16 and bfloat16 x, and more
-    than 16 rows of float32 x, are multiplied as they are. Up to 128 rows of halves meet the weight in registers,
-    ``codes - zero_point`` in x's dtype (exact but for zero points that it cannot hold) with sums, scales and all that
-    follows in float32; else `torch.nn.functional.linear` takes the weight unpacked to x's dtype for the call. The host
-    never waits for the device there: where x has a NaN or Inf, the outputs of its row are NaN (of x multiplied as
-    floats, what floats give), and ``input_scale`` is taken as it is.
+    On CUDA the same packed tensors serve, and results are equal to the CPU's bit for bit but in two cases. Scales of
+    groups that `linear_prepack` took as integers are floats there. And where 16-bit integers would only stand for
+    floats: without ``input_scale`` and with ``input_bits`` 16, float16 and bfloat16 x, and more than 16 rows of float32
+    x, are multiplied as they are. Up to 128 rows of halves meet the weight in registers, ``codes - zero_point`` in x's
+    dtype (exact but for zero points that it cannot hold) with sums, scales and all that follows in float32; else
+    `torch.nn.functional.linear` takes the weight unpacked to x's dtype for the call. The host never waits for the
+    device there: where x has a NaN or Inf, the outputs of its row are NaN (of x multiplied as floats, what floats
+    give), and ``input_scale`` is taken as it is.
 
     Args:
         x: float32, float16, bfloat16 or uint8 ``[..., K]``.
@@ -135,15 +141,22 @@ def kernel_groups(columns: int, group_size: int, stored: int, levels: bool) -> t
     return groups, (groups - 1) * ((size + 31) // 32) + (last + 31) // 32
 
 
+def grid_rows(groups: int, group_size: int, stored: int, levels: bool, offsets: bool) -> int:
+    """Rows of a grid: scales, offsets, sums, and where groups may have multipliers their unit and bytes."""
+    room = not levels and stored <= 4 and groups > 1 and group_size % 32 == 0 and 0 < group_size <= 512
+    return groups * (2 if offsets else 1) + 1 + (1 + (groups + 3) // 4 if room else 0)
+
+
 @torch.library.register_fake("torchquant::linear_prepack")
 def _(codes, scale, zero_point=None, *, bits, group_size=0, levels=None):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     stored = 4 if levels is not None else bits if bits <= 4 else 8
     groups, blocks = kernel_groups(columns, group_size, stored, levels is not None)
+    height = grid_rows(groups, group_size, stored, levels is not None, zero_point is not None)
     table = [0] if levels is None else [16] if levels.dim() == 1 else [(rows + 15) // 16 * 16, 16]
     return (
         codes.new_empty([(rows + 15) // 16, blocks, stored, 64]),
-        scale.new_empty([groups * (1 if zero_point is None else 2) + 1, (rows + 63) // 64 * 64]),
+        scale.new_empty([height, (rows + 63) // 64 * 64]),
         codes.new_empty(table, dtype=torch.int8),
     )
 

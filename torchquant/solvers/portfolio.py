@@ -109,6 +109,7 @@ def candidates(
     group_size: int,
     grid: str,
     effort: str,
+    midrise: bool,
     largest: list[float],
 ) -> Iterator[Candidate]:
     """Every member, simple ones first. ``linear`` is the target of all; ``largest`` receives MagR's effect."""
@@ -120,7 +121,7 @@ def candidates(
         yield Candidate("comq", *comq_quantize(weight, gram, grid=grid, linear=linear, sweeps=sweeps, **same))
     low = bits <= 3
     alpha = 1e-3 if low and group_size == 0 else 1e-4
-    grids = [grid] if grid == "symmetric" else ["midrise", grid] if effort == "high" else ["midrise"]
+    grids = [grid] if grid == "symmetric" or not midrise else ["midrise", grid] if effort == "high" else ["midrise"]
     runs = ITERS[effort].get(bits, ())
     for iters in runs:
         small = magr_preprocess(weight, gram, alpha=alpha, iters=iters, group_size=group_size, solver="fista")
@@ -153,6 +154,7 @@ def portfolio_quantize(
     grid: str = "asymmetric",
     linear: Tensor | None = None,
     effort: str = "standard",
+    midrise: bool = True,
 ) -> Best:
     """The best of several pipelines, row by row, judged by the output error against the original weight.
 
@@ -166,14 +168,14 @@ def portfolio_quantize(
         grid: ``"asymmetric"`` or ``"symmetric"``.
         linear: target P ``[N, K]``, default ``weight @ gram``.
         effort: ``"fast"``, ``"standard"`` or ``"high"``.
+        midrise: False: ``grid`` after MagR too.
     """
     weight = weight.float().contiguous()
     target = times_gram(weight, gram).float() if linear is None else linear
     largest: list[float] = []
     best: Best | None = None
-    for member in candidates(
-        weight, gram, target, bits=bits, group_size=group_size, grid=grid, effort=effort, largest=largest
-    ):
+    same: dict[str, Any] = {"bits": bits, "group_size": group_size, "grid": grid, "effort": effort}
+    for member in candidates(weight, gram, target, **same, midrise=midrise, largest=largest):
         error = row_objective(weight, gram, linear, member, group_size)
         if best is None:
             first = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)

@@ -1,0 +1,132 @@
+// What the kernels of 32-byte vectors share: codes out of their lines, and products.
+#pragma once
+#include <csrc/kernels/linear_tile.h>
+#include <immintrin.h>
+
+namespace torchquant {
+namespace {
+
+constexpr int64_t kSteps = 8;  // of a block
+constexpr int64_t kPrefetch = 2048;
+
+using AnyInt32 = int32_t __attribute__((may_alias));
+
+inline __attribute__((always_inline)) __m256i broadcast4(const int8_t* a) {
+  return _mm256_set1_epi32(*reinterpret_cast<const AnyInt32*>(a));
+}
+
+// Written out, product and sum together: g++ 12 hoists the products of intrinsics and spills them.
+// To int16 sums, or with kVnni to int32.
+template <bool kVnni>
+inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u, __m256i a) {
+  if constexpr (kVnni) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(a));
+  } else {
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
+  }
+}
+// To int32 sums. With its broadcast, which otherwise would be kept for the other half of the
+// outputs, in memory.
+template <bool kVnni>
+inline __attribute__((always_inline)) void add_pairs(__m256i& sum, __m256i u, const int8_t* a) {
+  __m256i products;
+  if constexpr (kVnni) {
+    asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpwssd %1, %2, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
+  } else {
+    asm("vpbroadcastd %3, %1\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(u), "m"(*reinterpret_cast<const AnyInt32*>(a)));
+  }
+}
+
+inline __attribute__((always_inline)) __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+inline __attribute__((always_inline)) void store(void* to, __m256i x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), x);
+}
+inline __attribute__((always_inline)) void add_to(int32_t* sums, __m256i x) {
+  store(sums, _mm256_add_epi32(load(sums), x));
+}
+
+// Half h (32 bytes, eight outputs) of V[step], uniform codes.
+template <int kBits>
+inline __attribute__((always_inline)) __m256i half_step(const uint8_t* lines, int step, int h) {
+  constexpr int kLow = kBits == 3 ? 2 : kBits, kPerLine = 8 / kLow;
+  const int j = step % kPerLine;
+  const __m256i codes = load(lines + step / kPerLine * kLine + 32 * h);
+  if constexpr (kBits == 8) return codes;
+  __m256i u =
+      _mm256_and_si256(_mm256_srli_epi16(codes, j * kLow), _mm256_set1_epi8((1 << kLow) - 1));
+  if constexpr (kBits == 3) {
+    const __m256i high = load(lines + 2 * kLine + 32 * h);
+    const __m256i moved =
+        step < 2 ? _mm256_slli_epi16(high, 2 - step) : _mm256_srli_epi16(high, step - 2);
+    u = _mm256_or_si256(u, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
+  }
+  return u;
+}
+
+struct PanelSteps {
+  const uint8_t* panel;
+  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
+    return load(panel + (block * kSteps + step) * kLine + 32 * h);
+  }
+  void prefetch(int64_t) const {}
+};
+
+template <int kBits>
+struct PackedSteps {
+  const uint8_t* lines;
+  inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
+    return half_step<kBits>(lines + block * kBits * kLine, step, h);
+  }
+  inline __attribute__((always_inline)) void prefetch(int64_t block) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBits; ++i)
+      __builtin_prefetch(lines + (block * kBits + i) * kLine + kPrefetch);
+  }
+};
+
+// d[r][h] += u * a over blocks [first, end), for R rows and both halves of the outputs: to int16,
+// or with kVnni or kWide (16-bit activations, inputs 0 2 1 3 of every four) to int32.
+template <int R, bool kVnni, bool kWide, class Source>
+inline __attribute__((always_inline)) void add_blocks(const Source& source, int64_t first,
+                                                      int64_t end, const int8_t* a, int64_t stride,
+                                                      __m256i (&d)[R][2]) {
+  for (int64_t b = first; b < end; ++b) {
+    source.prefetch(b);
+    const int8_t* const x = a + b * kBlockInputs * (kWide ? 2 : 1);
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kWide) {
+        const __m256i low = _mm256_set1_epi16(0xff);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          const __m256i u = source(b, step, h);
+          const __m256i even = _mm256_and_si256(u, low), odd = _mm256_srli_epi16(u, 8);
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) {
+            const int8_t* const four = x + r * stride + 8 * step;
+            add_pairs<kVnni>(d[r][h], even, four);
+            add_pairs<kVnni>(d[r][h], odd, four + 4);
+          }
+        }
+      } else {
+        const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const __m256i four = broadcast4(x + r * stride + 4 * step);
+          add_products<kVnni>(d[r][0], u0, four);
+          add_products<kVnni>(d[r][1], u1, four);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace torchquant
