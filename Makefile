@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.*
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Warnings are errors in .ci/run; elsewhere a newer compiler's new warning must not stop anybody.
 WERROR ?= OFF
+# Processes that run tests; each holds up to 2 GB.
+WORKERS ?= 2
 # Of `torchquant demo`; .ci/run passes --quick: its networks are trained in full by whoever wants the tables.
 DEMO_OPTIONS ?=
 VENV := .venv
@@ -32,7 +34,7 @@ demo: $(VENV)/demo.stamp build
 
 test: $(VENV)/test.stamp gtest
 	TORCHQUANT_CMAKE_ARGS="$$TORCHQUANT_CMAKE_ARGS -DTORCHQUANT_TESTS=ON" $(BUILD)
-	TORCHQUANT_QUICK=1 $(BIN)/python -m pytest --nbmake tests examples
+	TORCHQUANT_QUICK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbmake tests examples
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -60,7 +62,7 @@ sanitize: $(VENV)/torch.stamp gtest
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize -j $(JOBS)
 	cd build/sanitize && PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  ASAN_OPTIONS=detect_leaks=1:detect_odr_violation=2:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  ctest --output-on-failure --no-tests=error
+	  ctest -j $(WORKERS) --output-on-failure --no-tests=error
 
 # The C++ tests use the system's GoogleTest. Without it they are left out, and pytest says so in a skip.
 .PHONY: gtest

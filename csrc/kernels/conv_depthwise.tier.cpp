@@ -104,11 +104,11 @@ void finish_plane(const DepthwisePlane& d, int64_t n, float offset) {
   float* __restrict__ y = d.values;
   if (offset == 0.0f) {
     for (int64_t i = 0; i < count; ++i)
-      y[i] = (static_cast<float>(products[i]) * scale - zero) * a_scale + bias;
+      y[i] = fused(static_cast<float>(products[i]) * scale - zero, a_scale, bias);
   } else {
     for (int64_t i = 0; i < count; ++i) {
       const float sum = static_cast<float>(products[i]) + offset * static_cast<float>(inputs[i]);
-      y[i] = (sum * scale - zero) * a_scale + bias;
+      y[i] = fused(sum * scale - zero, a_scale, bias);
     }
   }
   if (d.fill_error != 0.0f) {

@@ -172,7 +172,7 @@ struct Outputs {
     for (int64_t i = 0; i < kStep; ++i) has_offset = has_offset || offset[i] != 0.0f;
   }
 
-  Floats of(Floats sum) const { return (sum * scale - zero) * a_scale + bias; }
+  Floats of(Floats sum) const { return fused(sum * scale - zero, Floats{} + a_scale, bias); }
 
   Floats scale, offset, zero, bias, correction;
   float a_scale;

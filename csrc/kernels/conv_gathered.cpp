@@ -256,6 +256,7 @@ class GatheredConv {
       std::fill(own.zero.begin(), own.zero.end(), zero);
       p.a_scale = own.scale.data();
       p.a_zero = zero != 0.0f ? own.zero.data() : nullptr;
+      p.one_grid = true;
       p.out = out;
     };
     const float scale = input_.scale(task.sample);

@@ -106,13 +106,14 @@ inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
 }
 
 // a * b + c, rounded once.
+using torchquant::fused;  // of one number
 inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512BW__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #else
-  for (int64_t i = 0; i < kVectorLanes; ++i) c[i] = torchquant::fused(a[i], b[i], c[i]);
+  for (int64_t i = 0; i < kVectorLanes; ++i) c[i] = fused(a[i], b[i], c[i]);
   return c;
 #endif
 }

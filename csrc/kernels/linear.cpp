@@ -220,6 +220,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   if (a.starts.defined()) product.starts = a.starts.const_data_ptr<int32_t>();
   product.a_scale = a.scale.const_data_ptr<float>();
   product.a_zero = a.zero.defined() ? a.zero.const_data_ptr<float>() : nullptr;
+  product.one_grid = !input.dynamic() && input_scale->numel() == 1;
   at::Tensor own_bias, own_residual;
   if (bias.has_value()) {
     own_bias = bias->to(at::kFloat).contiguous();

@@ -245,8 +245,7 @@ __device__ inline float sum_groups(const PackedProduct& p, int64_t row, int64_t 
 
 __device__ inline float finish(const PackedProduct& p, int64_t row, int64_t output, float y) {
   if (p.a_zero != nullptr) y -= p.a_zero[row] * p.weight.sum[output];
-  y *= p.a_scale[row];
-  if (p.bias != nullptr) y += p.bias[output];
+  y = p.bias != nullptr ? fused(y, p.a_scale[row], p.bias[output]) : y * p.a_scale[row];
   if (p.epilogue == Epilogue::gelu) y = gelu(y);
   if (p.epilogue == Epilogue::silu) y = silu(y);
   if (p.residual != nullptr) y += p.residual[row * p.weight.outputs + output];

@@ -149,6 +149,7 @@ struct PackedProduct {
   const int32_t* starts;  // [group_starts.count, group_starts.rows], or null
   const float* a_scale;   // [rows]
   const float* a_zero;    // [rows], or null: zero
+  bool one_grid;          // all rows have the same a_scale and a_zero
   const float* bias;      // [outputs], or null
   const float* residual;  // [rows, outputs], or null
   Epilogue epilogue;

@@ -158,20 +158,21 @@ struct TileProduct {
 };
 
 // What of a product is known when its last loop is compiled.
-template <bool kZero, bool kBias, bool kCodes, bool kActivates>
+template <bool kOffset, bool kZero, bool kCodes, bool kActivates>
 struct Plain {
   static constexpr bool kPlain = true;
   // One group, bytes, and nothing but what the names say.
   static bool is(const PackedProduct& p) {
-    return p.weight.layout.groups == 1 && p.weight.offset == nullptr && p.residual == nullptr &&
-           p.narrow != nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
+    return p.weight.layout.groups == 1 && p.residual == nullptr && p.narrow != nullptr &&
+           (p.a_zero == nullptr || p.one_grid) &&
+           (p.codes == nullptr || p.code_reciprocal != nullptr);
   }
   static void know(PackedProduct& p) {
     p.weight.layout.groups = 1;
-    p.weight.offset = nullptr;
+    know_pointer<kOffset>(p.weight.offset);
     p.residual = nullptr;
+    p.one_grid = true;
     know_pointer<kZero>(p.a_zero);
-    know_pointer<kBias>(p.bias);
     know_pointer<kCodes>(p.codes);
     know_pointer<kCodes>(p.code_reciprocal);
     if (!kActivates) p.epilogue = Epilogue::none;
@@ -202,12 +203,12 @@ class AmxSums {
   void finish_rows(int64_t i, int64_t g) {
     if (!Plain<false, false, false, false>::is(p_) || row_blocks_[i].tiles != 2)
       return finish<T, Anything>(i, g);
-    with_bool(p_.a_zero != nullptr, [&](auto zero) {
-      with_bool(p_.bias != nullptr, [&](auto bias) {
+    with_bool(w_.offset != nullptr, [&](auto offset) {
+      with_bool(p_.a_zero != nullptr, [&](auto zero) {
         with_bool(p_.codes != nullptr, [&](auto codes) {
           with_bool(p_.epilogue != Epilogue::none, [&](auto activates) {
-            using What = Plain<decltype(zero)::value, decltype(bias)::value, decltype(codes)::value,
-                               decltype(activates)::value>;
+            using What = Plain<decltype(offset)::value, decltype(zero)::value,
+                               decltype(codes)::value, decltype(activates)::value>;
             finish<T, What>(i, 0);
           });
         });

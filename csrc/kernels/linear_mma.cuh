@@ -49,8 +49,8 @@ __device__ inline void finish_output(const MatrixProduct& m, int64_t row, int64_
   const PackedProduct& p = m.product;
   const int64_t at = row * p.weight.outputs + output;
   if (p.a_zero != nullptr) y -= p.a_zero[row] * p.weight.sum[output];
-  if (p.a_scale != nullptr) y *= p.a_scale[row];
-  if (m.bias.data != nullptr) y += value_at(m.bias, output);
+  const float a_scale = p.a_scale != nullptr ? p.a_scale[row] : 1.0f;
+  y = m.bias.data != nullptr ? fused(y, a_scale, value_at(m.bias, output)) : y * a_scale;
   if (p.epilogue != Epilogue::none) y = activated(p.epilogue, y);
   if (m.residual.data != nullptr) y += value_at(m.residual, at);
   if (p.codes == nullptr) return store_value(m.out, at, y);

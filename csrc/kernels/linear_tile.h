@@ -69,7 +69,8 @@ inline void activate(Epilogue epilogue, float* __restrict__ y, int64_t count) {
   }
 }
 
-// One row's sums over groups to values [output, output + count) ahead of the activation function.
+// One row's sums over groups to values [output, output + count) of a tile ahead of the activation
+// function.
 inline void scale_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
                       float* __restrict__ y) {
   const float a_scale = p.a_scale[row];
@@ -78,10 +79,11 @@ inline void scale_row(const PackedProduct& p, int64_t row, int64_t output, int64
     const float* __restrict__ sum = p.weight.sum + output;
     for (int64_t o = 0; o < count; ++o) y[o] -= zero * sum[o];
   }
-  for (int64_t o = 0; o < count; ++o) y[o] *= a_scale;
   if (p.bias != nullptr) {
     const float* __restrict__ bias = p.bias + output;
-    for (int64_t o = 0; o < count; ++o) y[o] += bias[o];
+    for (int64_t o = 0; o < count; ++o) y[o] = fused(y[o], a_scale, bias[o]);
+  } else {
+    for (int64_t o = 0; o < count; ++o) y[o] *= a_scale;
   }
 }
 

@@ -144,6 +144,7 @@ struct VnniTile {
 
   void run() const {
     alignas(64) float values[R][T * kTileOutputs];
+    const PackedProduct own = p;  // stores to `out` could change what is behind a reference
     const Format format(p.weight, tile);
     const int64_t groups = p.weight.layout.groups;
     const bool activates = p.epilogue != Epilogue::none;
@@ -155,24 +156,31 @@ struct VnniTile {
       } else {
         sum_group(format, g, block, d);
       }
-      for_each_sum([&](int r, int t) __attribute__((always_inline)) {
-        float* const before = values[r] + t * kTileOutputs;
-        const TileOutputs outputs(p, g, tile + t);
-        __m512 value = outputs.value(p, g, row + r, d[r][t], before);
-        if (g + 1 == groups) value = outputs.scaled(p, row + r, value);
-        if (g + 1 == groups && !activates) {
-          outputs.store(p, row + r, tile + t, value);
-        } else {
-          _mm512_store_ps(before, value);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const TileOutputs outputs(own, g, tile + t);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          float* const before = values[r] + t * kTileOutputs;
+          __m512 value = outputs.value(own, g, row + r, d[r][t], before);
+          if (g + 1 == groups) value = outputs.scaled(own, row + r, value);
+          if (g + 1 == groups && !activates) {
+            outputs.store(own, row + r, tile + t, value);
+          } else {
+            _mm512_store_ps(before, value);
+          }
         }
-      });
+      }
     }
     if (!activates) return;
     activate(p.epilogue, values[0], R * T * kTileOutputs);
-    for_each_sum([&](int r, int t) __attribute__((always_inline)) {
-      const TileOutputs outputs(p, groups - 1, tile + t);
-      outputs.store(p, row + r, tile + t, _mm512_load_ps(values[r] + t * kTileOutputs));
-    });
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const TileOutputs outputs(own, groups - 1, tile + t);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+        outputs.store(own, row + r, tile + t, _mm512_load_ps(values[r] + t * kTileOutputs));
+    }
   }
 };
 

@@ -122,8 +122,9 @@ struct TileOutputs {
     there = static_cast<__mmask16>(left < kTileOutputs ? (1 << left) - 1 : 0xffff);
     scale = _mm512_loadu_ps(w.scale_of(g) + output);
     if (w.offset != nullptr) offset = _mm512_loadu_ps(w.offset + at);
-    if (p.a_zero != nullptr) sum = _mm512_loadu_ps(w.sum + output);
     if (p.bias != nullptr) bias = _mm512_maskz_loadu_ps(there, p.bias + output);
+    if (p.a_zero != nullptr) sum = _mm512_loadu_ps(w.sum + output);
+    if (p.a_zero != nullptr && p.one_grid && p.rows > 0) zero = zero_of(p, 0);
     if (p.codes != nullptr) {
       code_scale = _mm512_loadu_ps(p.code_scale + output);
       code_zero_point = _mm512_loadu_ps(p.code_zero_point + output);
@@ -149,9 +150,13 @@ struct TileOutputs {
   // scale_row.
   inline __attribute__((always_inline)) __m512 scaled(const PackedProduct& p, int64_t row,
                                                       __m512 y) const {
-    if (p.a_zero != nullptr) y = y - _mm512_set1_ps(p.a_zero[row]) * sum;
-    y = y * _mm512_set1_ps(p.a_scale[row]);
-    return p.bias != nullptr ? y + bias : y;
+    if (p.a_zero != nullptr) y = y - (p.one_grid ? zero : zero_of(p, row));
+    const __m512 a_scale = _mm512_set1_ps(p.a_scale[row]);
+    return p.bias != nullptr ? _mm512_fmadd_ps(y, a_scale, bias) : y * a_scale;
+  }
+
+  inline __attribute__((always_inline)) __m512 zero_of(const PackedProduct& p, int64_t row) const {
+    return _mm512_set1_ps(p.a_zero[row]) * sum;
   }
 
   // store_row, for the outputs that are there.
@@ -177,7 +182,7 @@ struct TileOutputs {
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, code_scale, y), reciprocal, quotient);
   }
 
-  __m512 scale, offset = _mm512_setzero_ps(), sum = offset, bias = offset;
+  __m512 scale, offset = _mm512_setzero_ps(), sum = offset, zero = offset, bias = offset;
   __m512 code_scale = offset, code_zero_point = offset;
   __m512 reciprocal = offset, reciprocal_rest = offset;
   __mmask16 there;
