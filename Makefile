@@ -7,6 +7,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 WERROR ?= OFF
 # Processes that run tests; each holds up to 2 GB.
 WORKERS ?= 2
+# Threads that wait for others must not hold a core: here they are more than the cores.
+SHARED_CORES := OMP_WAIT_POLICY=PASSIVE
 # Of `torchquant demo`; .ci/run passes --quick: its networks are trained in full by whoever wants the tables.
 DEMO_OPTIONS ?=
 VENV := .venv
@@ -34,7 +36,7 @@ demo: $(VENV)/demo.stamp build
 
 test: $(VENV)/test.stamp gtest
 	TORCHQUANT_CMAKE_ARGS="$$TORCHQUANT_CMAKE_ARGS -DTORCHQUANT_TESTS=ON" $(BUILD)
-	TORCHQUANT_QUICK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbmake tests examples
+	TORCHQUANT_QUICK=1 $(SHARED_CORES) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbmake examples tests
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -60,7 +62,7 @@ sanitize: $(VENV)/torch.stamp gtest
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
 	  -DTORCHQUANT_TESTS=ON -DTORCHQUANT_SANITIZE=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize -j $(JOBS)
-	cd build/sanitize && PATH="$(CURDIR)/$(BIN):$$PATH" \
+	cd build/sanitize && PATH="$(CURDIR)/$(BIN):$$PATH" $(SHARED_CORES) \
 	  ASAN_OPTIONS=detect_leaks=1:detect_odr_violation=2:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ctest -j $(WORKERS) --output-on-failure --no-tests=error
 

@@ -158,6 +158,12 @@ class PackedLinear(nn.Module):
         )
 
 
+class IntegerScales(nn.Module):
+    def forward(self, weight: Tensor, _x: Tensor) -> Tensor:
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight, bits=4, group_size=8)
+        return torch.ops.torchquant.integer_group_scales(codes, scale, zero_point, bits=4, group_size=8)
+
+
 class PackedConv(nn.Module):
     def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
         images = rows.view(-1, 10, 2, 2)
@@ -195,6 +201,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
     PackedLinear: ("linear_prepack", "quantized_linear"),
+    IntegerScales: ("integer_group_scales",),
     PackedConv: ("conv_prepack", "quantized_conv2d"),
     LayerNorm: ("quantized_layer_norm",),
 }

@@ -1,6 +1,6 @@
 #include <csrc/kernels/layer_norm.h>
 
-#include <csrc/kernels/conv_vectors.h>
+#include <csrc/kernels/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
