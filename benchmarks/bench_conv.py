@@ -110,7 +110,7 @@ def make_problem(layer: Layer) -> Problem:
 @dataclass(frozen=True)
 class Variant:
     bits: int
-    input: str  # "static": floats with a given grid; "dynamic": with the sample's; "codes"
+    input: str  # "static": floats with a given grid; "dynamic": with the sample's; "codes"; "codes to codes"
     input_bits: int = 8
 
     @property
@@ -120,12 +120,13 @@ class Variant:
 
 VARIANTS = (
     Variant(4, "static"), Variant(8, "static"), Variant(4, "dynamic"), Variant(8, "dynamic"),
-    Variant(4, "codes"), Variant(8, "codes"), Variant(4, "dynamic", 16),
+    Variant(4, "codes"), Variant(8, "codes"), Variant(4, "codes to codes"), Variant(8, "codes to codes"),
+    Variant(4, "dynamic", 16),
 )  # fmt: skip
 
 
 def our_runner(problem: Problem, variant: Variant) -> Runner:
-    layer, x = problem.layer, problem.codes if variant.input == "codes" else problem.x
+    layer, x = problem.layer, problem.codes if variant.input.startswith("codes") else problem.x
     codes, weight_scale, zero = rtn_quantize(problem.weight.flatten(1), bits=variant.bits, grid="symmetric")
     values = dequantize(codes, weight_scale, zero).view(problem.weight.shape)
     own: dict[str, Any] = {"bits": variant.bits, "kernel_size": (layer.kernel,) * 2}
@@ -134,9 +135,18 @@ def our_runner(problem: Problem, variant: Variant) -> Runner:
     if variant.input != "dynamic":
         own |= {"input_scale": problem.scale, "input_zero_point": problem.zero_point}
 
+    scale, zero_point = output_grid(problem)
+    if variant.input == "codes to codes":
+        own |= {"output_scale": torch.tensor(scale), "output_zero_point": torch.tensor(float(zero_point))}
+
     def run() -> Tensor:
         return kernels.quantized_conv2d(x, packed, grid, **own, **layer.geometry)
 
+    if variant.input == "codes to codes":
+        wanted = problem.exact(problem.values, values)
+        allowed = rounding_error((wanted - wanted.mean()).float().flatten(1), 7)  # of the outputs
+        check_error(variant.name, (run().float() - zero_point) * scale, wanted, allowed)
+        return Runner(variant.name, run, "ours")
     if variant.input == "dynamic":
         allowed, wanted = rounding_error(problem.x.flatten(1), variant.input_bits), problem.exact(problem.x, values)
     else:
