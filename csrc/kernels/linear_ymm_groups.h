@@ -106,7 +106,8 @@ void unpack_multiplied(const PackedWeight& w, int64_t tile, int64_t block, int64
     for (int64_t o = 0; o < kTileOutputs; ++o) {
       const Multiplier m = multiplier_of(w, block, tile * kTileOutputs + o);
       by[o] = m.value * 0x10001;
-      added[o] = (kByteOrigin - m.zero * m.value) * 0x01010101;
+      added[o] =
+          static_cast<int32_t>(static_cast<uint32_t>(kByteOrigin - m.zero * m.value) * 0x01010101);
     }
     const int64_t next = (block / w.multipliers.blocks + 1) * w.multipliers.blocks;
     for (; block < next && block < end; ++block, lines += kBits * kLine, panel += kSteps * kLine) {
