@@ -134,9 +134,8 @@ def our_runner(problem: Problem, variant: Variant) -> Runner:
     own |= {"in_channels": layer.channels, "out_channels": layer.outputs, "input_bits": variant.input_bits}
     if variant.input != "dynamic":
         own |= {"input_scale": problem.scale, "input_zero_point": problem.zero_point}
-
-    scale, zero_point = output_grid(problem)
     if variant.input == "codes to codes":
+        scale, zero_point = output_grid(problem)
         own |= {"output_scale": torch.tensor(scale), "output_zero_point": torch.tensor(float(zero_point))}
 
     def run() -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import torchquant  # noqa: F401  (registers the operators)
 from torchquant import _C
@@ -152,6 +152,13 @@ def assert_same(got: Sequence[Tensor] | Tensor, wanted: Sequence[Tensor] | Tenso
     assert len(got) == len(wanted)
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=index: f"output {i}: {m}")
+
+
+def check_deployed(layer: nn.Module, x: Tensor, more: Tensor) -> None:
+    """Scripted, and exported with a dynamic first dimension: the same bits."""
+    assert_same(scripted(layer)(x), layer(x))
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    assert_same(exported.module()(more), layer(more))
 
 
 def check_op(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:

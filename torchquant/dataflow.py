@@ -36,9 +36,6 @@ class Dataflow:
     def calls_of(self, module: nn.Module) -> list[Call]:
         return [call for call in self.calls if call.module is module]
 
-    def makers(self, x: Tensor) -> list[Call]:
-        return [call for call in self.calls if call.output is x]
-
     def readers(self, call: Call) -> list[Call | None]:
         """Of the call's output, in order; None: something that is none of the modules."""
         readers = self._readers.get(id(call.output), [])

@@ -53,8 +53,7 @@ def pass_codes_(model: nn.Module, example: Any) -> list[str]:
         raise ValueError("pass_codes_: the model must be in evaluation mode, got training mode")
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad(), unchanged_on_error(model):
-        before = outputs_of(model, example)
-        absorb_padding(model, example)
+        before = absorb_padding(model, example)
         flow = watch([m for m in model.modules() if is_part(m)], lambda: outputs_of(model, example))
         links = list(found(flow))
         replacements: dict[nn.Module, nn.Module] = {}
@@ -180,8 +179,8 @@ def activation_of(modules: list[nn.Module], grid: Grid) -> str | None:
     return activation_name(modules[0])
 
 
-def absorb_padding(model: nn.Module, example: Any) -> None:
-    """Zeros of a ZeroPad2d to the convolution that alone reads them."""
+def absorb_padding(model: nn.Module, example: Any) -> list[Tensor]:
+    """Zeros of a ZeroPad2d to the convolution that alone reads them. Returns the model's outputs."""
     pads = [module for module in model.modules() if type(module) is nn.ZeroPad2d]
     convs = [module for module in model.modules() if type(module) is QConv2d]
     flow = watch([*pads, *convs], lambda: outputs_of(model, example))
@@ -192,12 +191,11 @@ def absorb_padding(model: nn.Module, example: Any) -> None:
         pad, conv = call.module, reader.module
         alone = len(flow.calls_of(pad)) == len(flow.calls_of(conv)) == 1
         if alone and conv.prepad_mode in ("none", "constant") and pads_exactly(conv):
-            conv.prepad = [
-                a + b
-                for a, b in zip(conv.prepad if conv.prepad_mode == "constant" else [0] * 4, pad.padding, strict=True)
-            ]
+            own = conv.prepad if conv.prepad_mode == "constant" else [0] * 4
+            conv.prepad = [a + b for a, b in zip(own, pad.padding, strict=True)]
             conv.prepad_mode = "constant"
             swap_modules(model, {pad: nn.Identity()})
+    return flow.outputs
 
 
 def pads_exactly(conv: Any) -> bool:

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
 
 namespace torchquant {
 
@@ -58,6 +59,11 @@ bool few_and_finite(const at::Tensor& tensor) {
 }
 
 }  // namespace
+
+void check_positive(const char* op, const char* argument, float number) {
+  TORCH_CHECK_VALUE(number > 0 && number <= std::numeric_limits<float>::max(), op, ": ", argument,
+                    " must be positive, got ", number);
+}
 
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor) {
   if (few_and_finite(tensor)) return;

@@ -16,6 +16,7 @@ void check_shape(const char* op, const char* argument, const at::Tensor& tensor,
                  at::IntArrayRef shape);
 void check_same_device(const char* op, const char* argument, const at::Tensor& tensor,
                        const at::Tensor& weight);
+void check_positive(const char* op, const char* argument, float number);  // and finite
 void check_finite(const char* op, const char* argument, const at::Tensor& tensor);
 void check_bits(const char* op, int64_t bits);
 void check_group_size(const char* op, int64_t group_size);

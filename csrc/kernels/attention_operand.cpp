@@ -181,10 +181,9 @@ ProbabilityRows IntegerRows::probabilities(float unit) const {
 PackedProduct IntegerRows::product(const PackedWeight& weight) const {
   const bool shifted =
       std::any_of(zero_.get(), zero_.get() + rows_, [](float zero) { return zero != 0.0f; });
-  const auto same = [rows = rows_](const float* numbers) {
-    return std::all_of(numbers, numbers + rows, [&](float number) { return number == *numbers; });
+  const auto same = [&](const float* numbers) {
+    return std::all_of(numbers, numbers + rows_, [&](float number) { return number == *numbers; });
   };
-  const bool one_grid = same(scale_.get()) && same(zero_.get());
   PackedProduct product{};
   product.weight = weight;
   product.last_tile = (weight.outputs + kTileOutputs - 1) / kTileOutputs;
@@ -194,7 +193,7 @@ PackedProduct IntegerRows::product(const PackedWeight& weight) const {
   product.sums = sums_.get();
   product.a_scale = scale_.get();
   product.a_zero = shifted ? zero_.get() : nullptr;
-  product.one_grid = one_grid;
+  product.one_grid = same(scale_.get()) && same(zero_.get());
   product.tier = cpu_tier();
   return product;
 }

@@ -95,17 +95,18 @@ at::Tensor quantized_conv2d(
   ConvInput input(kOp, x, {input_scale, input_zero_point, input_bits}, s);
   const int64_t columns = in_channels / groups * s.kernel.area();
   const bool depthwise = is_depthwise(groups, columns, s.kernel.area(), group_size);
-  const OutputGrid grid_of_codes(kOp, x, out_channels, output_scale, output_zero_point,
-                                 output_bits);
-  TORCH_CHECK_VALUE(!grid_of_codes.given() || grid_of_codes.parts() == 1, kOp,
-                    ": output_scale must be one number, got ", output_scale->sizes());
   const bool multiplied = depthwise && out_channels != in_channels;
-  const bool exact = depthwise || (groups == 1 && input.pads_exactly());
-  const bool codes = grid_of_codes.given() && !multiplied && exact;  // the kernel's own
-  const bool channels_last = input.channels_last() || grid_of_codes.given();
+  const OutputGrid code_grid(kOp, x, out_channels, output_scale, output_zero_point, output_bits);
+  const bool gives_codes = code_grid.given();
+  TORCH_CHECK_VALUE(!gives_codes || code_grid.parts() == 1, kOp,
+                    ": output_scale must be one number, got ", output_scale->sizes());
+  // Other kernels give values, which become codes afterwards.
+  const bool codes_inside =
+      gives_codes && (depthwise ? !multiplied : groups == 1 && input.pads_exactly());
+  const bool channels_last = input.channels_last() || gives_codes;
   if (multiplied) {
     input.make_contiguous();
-  } else if (depthwise && codes) {
+  } else if (depthwise && codes_inside) {
     input.make_channels_last();
   }
   at::Tensor own_bias;
@@ -119,8 +120,8 @@ at::Tensor quantized_conv2d(
       own_bias.defined() ? own_bias.const_data_ptr<float>() : nullptr,
       parse_epilogue(kOp, activation), last,
       at::empty({s.batch, s.outputs, s.out.h, s.out.w},
-                at::TensorOptions(codes ? at::kByte : at::kFloat).memory_format(format)),
-      codes ? &grid_of_codes : nullptr};
+                at::TensorOptions(codes_inside ? at::kByte : at::kFloat).memory_format(format)),
+      codes_inside ? &code_grid : nullptr};
   if (depthwise) {
     check_depthwise_weight(kOp, s, {packed, grid});
     input.channels_last() ? run_depthwise_pixels(s, input, {packed, grid}, output)
@@ -133,10 +134,8 @@ at::Tensor quantized_conv2d(
       run_gathered(s, input, std::move(weights), group_size, wide, output);
   }
   at::Tensor out = output.out;
-  if (grid_of_codes.given())
-    out = codes ? out : grid_of_codes.codes(out);
-  else if (x.scalar_type() != at::kByte)
-    out = out.to(x.scalar_type());
+  if (gives_codes && !codes_inside) out = code_grid.codes(out);
+  if (!gives_codes && x.scalar_type() != at::kByte) out = out.to(x.scalar_type());
   return channels_last ? out.contiguous(at::MemoryFormat::ChannelsLast) : out;
 }
 

@@ -4,7 +4,6 @@
 #include <csrc/core/check.h>
 
 #include <cstring>
-#include <limits>
 
 namespace torchquant {
 namespace {
@@ -40,8 +39,7 @@ void ConvInput::take_given(const InputGrid& grid) {
     scale_[b] = scale.const_data_ptr<float>()[one ? 0 : b];
     const float zero = zero_point.const_data_ptr<float>()[one ? 0 : b];
     zero_[b] = zero - static_cast<float>(shift);
-    TORCH_CHECK_VALUE(scale_[b] > 0 && scale_[b] <= std::numeric_limits<float>::max(), op_,
-                      ": input_scale must be positive, got ", scale_[b]);
+    check_positive(op_, "input_scale", scale_[b]);
     grids_[b] = {scale_[b], 0.0f, zero, max_code_of(grid.bits), shift};
   }
 }

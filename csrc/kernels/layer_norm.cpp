@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -32,8 +31,7 @@ void check_number(const at::Tensor& x, const char* name, const at::Tensor& numbe
 
 Grid grid_of(const at::Tensor& scale, const at::Tensor& zero_point) {
   const Grid grid{*scale.const_data_ptr<float>(), *zero_point.const_data_ptr<float>()};
-  TORCH_CHECK_VALUE(grid.scale > 0 && grid.scale <= std::numeric_limits<float>::max(), kOp,
-                    ": output_scale must be positive, got ", grid.scale);
+  check_positive(kOp, "output_scale", grid.scale);
   check_finite(kOp, "output_zero_point", zero_point);
   return grid;
 }

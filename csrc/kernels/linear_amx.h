@@ -2,6 +2,7 @@
 // tile of weights as it lies in memory: 64 inputs of 16 outputs (Note [weight tiles]), so narrower
 // codes and levels are unpacked to that form, in panels that stay in L1 for all rows.
 #pragma once
+#include <csrc/kernels/linear_plain.h>
 #include <csrc/kernels/linear_zmm_groups.h>
 #include <stdlib.h>
 
@@ -17,16 +18,6 @@ constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
 constexpr int64_t kBlocksBehind = 8;
 constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
-
-template <bool kValue>
-struct Known {
-  static constexpr bool value = kValue;
-};
-
-template <class Take>
-inline __attribute__((always_inline)) void with_bool(bool value, const Take& take) {
-  value ? take(Known<true>()) : take(Known<false>());
-}
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1;
@@ -155,43 +146,6 @@ struct TileProduct {
     }
     store_sums();
   }
-};
-
-// What of a product is known when its last loop is compiled.
-template <bool kOffset, bool kZero, bool kCodes, bool kActivates>
-struct Plain {
-  static constexpr bool kPlain = true;
-  // One group, bytes, and nothing but what the names say.
-  static bool is(const PackedProduct& p) {
-    return p.weight.layout.groups == 1 && p.residual == nullptr && p.narrow != nullptr &&
-           (p.a_zero == nullptr || p.one_grid) &&
-           (p.codes == nullptr || p.code_reciprocal != nullptr);
-  }
-  static void know(PackedProduct& p) {
-    p.weight.layout.groups = 1;
-    know_pointer<kOffset>(p.weight.offset);
-    p.residual = nullptr;
-    p.one_grid = true;
-    know_pointer<kZero>(p.a_zero);
-    know_pointer<kCodes>(p.codes);
-    know_pointer<kCodes>(p.code_reciprocal);
-    if (!kActivates) p.epilogue = Epilogue::none;
-  }
-
- private:
-  template <bool kThere, class T>
-  static void know_pointer(T*& pointer) {
-    if (!kThere) {
-      pointer = nullptr;
-    } else if (pointer == nullptr) {
-      __builtin_unreachable();
-    }
-  }
-};
-
-struct Anything {
-  static constexpr bool kPlain = false;
-  static void know(const PackedProduct&) {}
 };
 
 // The sums of a chunk of rows, and the way from there to outputs.

@@ -6,8 +6,6 @@ namespace torchquant {
 namespace {
 
 constexpr int64_t kSegmentBlocks = 32;  // of a panel: 1024 inputs x 16 outputs = 16 KB
-constexpr int32_t kByteOrigin = 128;    // the u of a multiplied weight that is zero
-
 inline bool sums_in_int16(const PackedProduct& p) {
   return p.wide == nullptr && p.tier != CpuTier::avx2_vnni;
 }

@@ -5,8 +5,6 @@
 namespace torchquant {
 namespace {
 
-constexpr int32_t kByteOrigin = 128;  // the u of a multiplied weight that is zero
-
 template <int kBits>
 struct MultipliedCodes : UniformCodes<kBits> {
   static constexpr int64_t kPanelRows = INT64_MAX;  // of those that meet `starts`

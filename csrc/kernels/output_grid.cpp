@@ -3,15 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <csrc/core/check.h>
 
-#include <limits>
 #include <vector>
 
 namespace torchquant {
-
-void check_positive(const char* op, const char* name, float scale) {
-  TORCH_CHECK_VALUE(scale > 0 && scale <= std::numeric_limits<float>::max(), op, ": ", name,
-                    " must be positive, got ", scale);
-}
 
 void OutputGrid::check(const char* name, const at::Tensor& numbers, const at::Tensor& x,
                        int64_t outputs) const {

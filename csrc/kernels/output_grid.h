@@ -8,8 +8,6 @@
 
 namespace torchquant {
 
-void check_positive(const char* op, const char* name, float scale);
-
 // The grid of the codes that take the place of outputs, where one is given: one number or one for
 // each of equal parts of the outputs.
 class OutputGrid {

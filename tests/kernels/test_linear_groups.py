@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same, check_op, random, scripted, threads, tier
+from helpers import assert_same, check_deployed, check_op, random, threads, tier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,11 +279,7 @@ class Layer(torch.nn.Module):
 
 
 def test_torchscript_and_export_give_the_same():
-    layer, x = Layer(), torch.randn(5, 96, generator=random(15))
-    assert_same(scripted(layer)(x), layer(x))
-    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
-    more = torch.randn(9, 96, generator=random(16))
-    assert_same(exported.module()(more), layer(more))
+    check_deployed(Layer(), torch.randn(5, 96, generator=random(15)), torch.randn(9, 96, generator=random(16)))
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -1,6 +1,7 @@
 """What every quantized layer holds, and how its weight comes back as numbers. Which product follows, subclasses say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,24 @@ def gradient_wanted(x: Tensor) -> bool:
     return wanted
 
 
+@contextmanager
+def kept_float32(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Around ``module._apply``: these buffers move, but remain as they are under ``.to(dtype)``. Rounded to half they
+    would be another grid than the one that codes were found for."""
+    before = {name: module._buffers[name] for name in names}
+    yield
+    for name, buffer in before.items():
+        after = module._buffers[name]
+        if buffer is not None and after is not None and after.dtype != torch.float32:
+            module._buffers[name] = buffer.to(after.device)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody observes what goes into or out of ``module``."""
     return len(module._forward_hooks) + len(module._forward_pre_hooks) > 0
+
+
+GRIDS = ("weight_scale", "weight_zero_point", "kernel_grid", "output_scale", "output_zero_point")
 
 
 class QuantizedLayer(nn.Module):
@@ -144,18 +160,14 @@ class QuantizedLayer(nn.Module):
         return self.dequantized_weight().to(self.float_like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        scale, zero_point, grid = self.weight_scale, self.weight_zero_point, self.kernel_grid
-        outputs = self.output_scale, self.output_zero_point
-        super()._apply(fn, recurse)
+        before = self.kernel_grid.device
+        with kept_float32(self, GRIDS):
+            super()._apply(fn, recurse)
         device = self.weight_packed.device
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale, self.weight_zero_point = scale.to(device), zero_point.to(device)
-            self.kernel_grid = grid.to(device)
-            self.output_scale, self.output_zero_point = (None if t is None else t.to(device) for t in outputs)
-        if device != grid.device:
+        if device != before:
             if not self.kernel_fits(device):
                 self.kernel_weight, self.kernel_grid = self.kernel_weight.new_empty(0), self.kernel_grid.new_empty(0)
-            elif self.kernel_weight.numel() == 0 and grid.device.type != "meta":  # then there are no numbers yet
+            elif self.kernel_weight.numel() == 0 and before.type != "meta":  # then there are no numbers yet
                 self.prepack()
         return self
 

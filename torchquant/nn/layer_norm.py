@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _C
-from .base import gradient_wanted
+from .base import gradient_wanted, kept_float32
 
 
 class QLayerNorm(nn.LayerNorm):
@@ -70,11 +70,8 @@ class QLayerNorm(nn.LayerNorm):
         return x.dtype == torch.float32 or x.dtype == torch.float16 or x.dtype == torch.bfloat16
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        scale, zero_point = self.output_scale, self.output_zero_point
-        super()._apply(fn, recurse)
-        if self.output_scale.dtype != torch.float32:  # rounded, it would be another grid than that of the layers behind
-            device = self.output_scale.device
-            self.output_scale, self.output_zero_point = scale.to(device), zero_point.to(device)
+        with kept_float32(self, ("output_scale", "output_zero_point")):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .base import kept_float32
+
 GRANULARITIES = ("tensor", "token", "channel")
 Quantizer = TypeVar("Quantizer", bound="ActivationQuantizer")
 
@@ -68,12 +70,8 @@ class ActivationQuantizer(nn.Module):
         return {"class": type(self).__name__, **{key: getattr(self, key) for key in self.settings}, "shapes": shapes}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Buffers stay float32 under ``.to(dtype)``: rounded, they would give other codes."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for key, value in self._buffers.items():
-            if value is not None and value.dtype != torch.float32:
-                self._buffers[key] = before[key].to(value.device)  # type: ignore[union-attr]
+        with kept_float32(self, tuple(self._buffers)):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,56 @@
+// Products of the usual kinds, known when the loop from sums to outputs is compiled.
+#pragma once
+#include <csrc/kernels/linear.h>
+
+namespace torchquant {
+namespace {
+
+template <bool kValue>
+struct Known {
+  static constexpr bool value = kValue;
+};
+
+template <class Take>
+inline __attribute__((always_inline)) void with_bool(bool value, const Take& take) {
+  value ? take(Known<true>()) : take(Known<false>());
+}
+
+// What of a product is known when its last loop is compiled.
+template <bool kOffset, bool kZero, bool kCodes, bool kActivates>
+struct Plain {
+  static constexpr bool kPlain = true;
+  // One group, bytes, and nothing but what the names say.
+  static bool is(const PackedProduct& p) {
+    return p.weight.layout.groups == 1 && p.residual == nullptr && p.narrow != nullptr &&
+           (p.a_zero == nullptr || p.one_grid) &&
+           (p.codes == nullptr || p.code_reciprocal != nullptr);
+  }
+  static void know(PackedProduct& p) {
+    p.weight.layout.groups = 1;
+    know_pointer<kOffset>(p.weight.offset);
+    p.residual = nullptr;
+    p.one_grid = true;
+    know_pointer<kZero>(p.a_zero);
+    know_pointer<kCodes>(p.codes);
+    know_pointer<kCodes>(p.code_reciprocal);
+    if (!kActivates) p.epilogue = Epilogue::none;
+  }
+
+ private:
+  template <bool kThere, class T>
+  static void know_pointer(T*& pointer) {
+    if (!kThere) {
+      pointer = nullptr;
+    } else if (pointer == nullptr) {
+      __builtin_unreachable();
+    }
+  }
+};
+
+struct Anything {
+  static constexpr bool kPlain = false;
+  static void know(const PackedProduct&) {}
+};
+
+}  // namespace
+}  // namespace torchquant
