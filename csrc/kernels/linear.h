@@ -108,7 +108,6 @@ struct PackedWeight {
   const float* sum;       // [stride]: of the row's values
   const int8_t* levels;   // [16], or [outputs padded to 16, 16] with level_stride 16, or null
   int64_t level_stride;
-  int64_t packed_tile = 0;            // where `packed` begins
   GroupMultipliers multipliers = {};  // then `layout` is of spans, and `scale` the unit [stride]
 
   TORCHQUANT_HOST_DEVICE const float* scale_of(int64_t g) const {

@@ -155,19 +155,8 @@ class AmxSums {
 
   template <int T>
   void finish_rows(int64_t i, int64_t g) {
-    if (!Plain<false, false, false, false>::is(p_) || row_blocks_[i].tiles != 2)
-      return finish<T, Anything>(i, g);
-    with_bool(w_.offset != nullptr, [&](auto offset) {
-      with_bool(p_.a_zero != nullptr, [&](auto zero) {
-        with_bool(p_.codes != nullptr, [&](auto codes) {
-          with_bool(p_.epilogue != Epilogue::none, [&](auto activates) {
-            using What = Plain<decltype(offset)::value, decltype(zero)::value,
-                               decltype(codes)::value, decltype(activates)::value>;
-            finish<T, What>(i, 0);
-          });
-        });
-      });
-    });
+    if (row_blocks_[i].tiles != 2) return finish<T, Anything>(i, g);
+    with_plain(p_, [&](auto what) { finish<T, decltype(what)>(i, g); });
   }
 
   static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
@@ -262,7 +251,8 @@ class AmxProduct : AmxSums {
       for (int64_t block = first; block < end; block += kPanelBlocks) {
         const int64_t blocks = end - block < kPanelBlocks ? end - block : kPanelBlocks;
         for (int t = 0; t < T; ++t)
-          unpack_blocks(formats[t], w_, tile_ + t, block, blocks, panel_ + t * kPanelBytes);
+          unpack_blocks(formats[t], w_, tile_ + t, {block, blocks, blocks},
+                        panel_ + t * kPanelBytes);
         // Sums are read some blocks later: they are not forwarded from stores of tiles.
         const bool whole = block + blocks == end;
         const int64_t behind = blocks < kBlocksBehind ? kBlocksBehind / blocks : 1;

@@ -21,12 +21,11 @@ bool fits(const GroupScales& row, float unit, uint8_t* multipliers) {
   return true;
 }
 
-// Above these rows a multiplied panel is as fast. Short rows of one are still in L1.
-bool multiplies_weight(const BlockLayout& layout, CpuTier tier, int64_t rows) {
-  constexpr int64_t kMostYmm = 4, kMostAmx = 7, kMostZmm = 15, kMostZmmLong = 39, kLong = 1024;
+// Above these rows a multiplied panel is as fast.
+bool multiplies_weight(CpuTier tier, int64_t rows) {
+  constexpr int64_t kMostYmm = 4, kMostAmx = 7, kMostZmm = 7;
   if (tier == CpuTier::avx512_amx) return rows > kMostAmx;
-  if (tier != CpuTier::avx512_vnni) return rows > kMostYmm;
-  return rows > (layout.columns > kLong ? kMostZmmLong : kMostZmm);
+  return rows > (tier == CpuTier::avx512_vnni ? kMostZmm : kMostYmm);
 }
 
 }  // namespace
@@ -65,7 +64,7 @@ GroupStarts group_starts(const PackedWeight& weight, CpuTier tier, bool wide, in
     while (m.blocks % window != 0) window /= 2;
     return {window, m.offset == nullptr ? factor / 2 : factor, true, rows};
   }
-  if (multiplies_weight(weight.layout, tier, rows)) return {};
+  if (multiplies_weight(tier, rows)) return {};
   return {m.blocks, factor, false, rows};
 }
 

@@ -52,5 +52,21 @@ struct Anything {
   static void know(const PackedProduct&) {}
 };
 
+// take(what is known of p).
+template <class Take>
+inline __attribute__((always_inline)) void with_plain(const PackedProduct& p, const Take& take) {
+  if (!Plain<false, false, false, false>::is(p)) return take(Anything());
+  with_bool(p.weight.offset != nullptr, [&](auto offset) {
+    with_bool(p.a_zero != nullptr, [&](auto zero) {
+      with_bool(p.codes != nullptr, [&](auto codes) {
+        with_bool(p.epilogue != Epilogue::none, [&](auto activates) {
+          take(Plain<decltype(offset)::value, decltype(zero)::value, decltype(codes)::value,
+                     decltype(activates)::value>());
+        });
+      });
+    });
+  });
+}
+
 }  // namespace
 }  // namespace torchquant

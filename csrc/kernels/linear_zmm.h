@@ -18,12 +18,9 @@ inline __attribute__((always_inline)) __m512i masked(__m512i codes, int mask) {
   return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 
-// Each format has V[step] of a block from its lines. From kPanelRows rows on it pays to unpack
-// codes once, to memory, and not again for every few rows.
+// Each format has V[step] of a block from its lines.
 template <int kBits>
 struct UniformCodes {
-  static constexpr int64_t kPanelRows = 48;
-
   UniformCodes() = default;
   UniformCodes(const PackedWeight&, int64_t) {}
 
@@ -45,8 +42,6 @@ struct UniformCodes {
 
 // Four-bit codes that index one table of levels.
 struct SharedLevels {
-  static constexpr int64_t kPanelRows = 48;
-
   SharedLevels(const PackedWeight& weight, int64_t)
       : table(_mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128(
                                    reinterpret_cast<const __m128i*>(weight.levels))),
@@ -61,8 +56,6 @@ struct SharedLevels {
 
 // The same with a table for each output: lane l of tables[q] is that of output 4 l + q.
 struct RowLevels {
-  static constexpr int64_t kPanelRows = 12;
-
   RowLevels(const PackedWeight& weight, int64_t tile) {
     for (int q = 0; q < 4; ++q) {
       alignas(64) int8_t rows[4][16];
@@ -88,21 +81,29 @@ struct RowLevels {
 constexpr int64_t kBlockBytes = 8 * kLine;  // of eight bits
 
 inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t block) {
-  return w.packed + ((tile - w.packed_tile) * w.layout.blocks + block) * w.layout.bits * kLine;
+  return w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
 }
 
-// Blocks of a tile with their u in eight bits each, the form of 8-bit codes (Note [weight tiles]).
+// Where blocks of a tile go with their u in eight bits each.
+struct PanelBlocks {
+  int64_t first;
+  int64_t count;
+  int64_t ahead;                 // blocks: lines that are wanted when these have been used
+  int64_t stride = kBlockBytes;  // from one to the next
+};
+
+// The form of 8-bit codes (Note [weight tiles]).
 template <class Format>
-void unpack_blocks(const Format& format, const PackedWeight& w, int64_t tile, int64_t block,
-                   int64_t blocks, uint8_t* to) {
-  const uint8_t* lines = lines_of(w, tile, block);
+void unpack_blocks(const Format& format, const PackedWeight& w, int64_t tile,
+                   const PanelBlocks& blocks, uint8_t* to) {
+  const uint8_t* lines = lines_of(w, tile, blocks.first);
   const int64_t bits = w.layout.bits;
-  const int64_t ahead = blocks * bits * kLine;  // the lines after these, for when these are used
-  for (int64_t b = 0; b < blocks; ++b, lines += bits * kLine) {
-    for (int64_t i = 0; i < bits; ++i) __builtin_prefetch(lines + ahead + i * kLine);
+  for (int64_t b = 0; b < blocks.count; ++b, lines += bits * kLine, to += blocks.stride) {
+    for (int64_t i = 0; i < bits; ++i)
+      __builtin_prefetch(lines + (blocks.ahead * bits + i) * kLine);
 #pragma GCC unroll 8
-    for (int step = 0; step < 8; ++step, to += kLine)
-      _mm512_store_si512(to, format.at(step, lines));
+    for (int step = 0; step < 8; ++step)
+      _mm512_store_si512(to + step * kLine, format.at(step, lines));
   }
 }
 
