@@ -155,7 +155,7 @@ class AmxSums {
 
   template <int T>
   void finish_rows(int64_t i, int64_t g) {
-    if (row_blocks_[i].tiles != 2) return finish<T, Anything>(i, g);
+    if (row_blocks_[i].tiles != 2 || a_.lower != nullptr) return finish<T, Anything>(i, g);
     with_plain(p_, [&](auto what) { finish<T, decltype(what)>(i, g); });
   }
 
@@ -182,29 +182,31 @@ class AmxSums {
     const int32_t* lower = lower_sums_ + (sums - sums_);
     constexpr int64_t kStride = T * kTileOutputs;
     float* const first = values_ + rows.fresh * kStride;
-    float* values = first;
-    for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
-      const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
+    with_bool(last_group && !activates, [&](auto stores) __attribute__((always_inline)) {
+      float* values = first;
+      for (int64_t row = row_ + rows.fresh; row < row_ + end; ++row) {
+        const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
 #pragma GCC unroll 2
-      for (int t = 0; t < T; ++t) {
-        __m512i d = sum_of(sums + t * kTileOutputs, tiles);
-        if (wide)
-          d = _mm512_add_epi32(_mm512_slli_epi32(d, 8), sum_of(lower + t * kTileOutputs, tiles));
-        d = _mm512_add_epi32(d, start);
-        __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
-        if (last_group) value = outputs[t].scaled(p, row, value);
-        if (last_group && !activates) {
-          outputs[t].store(p, row, tile_ + t, value);
-        } else {
-          _mm512_store_ps(values + t * kTileOutputs, value);
+        for (int t = 0; t < T; ++t) {
+          __m512i d = sum_of(sums + t * kTileOutputs, tiles);
+          if (wide)
+            d = _mm512_add_epi32(_mm512_slli_epi32(d, 8), sum_of(lower + t * kTileOutputs, tiles));
+          d = _mm512_add_epi32(d, start);
+          __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
+          if (last_group) value = outputs[t].scaled(p, row, value);
+          if (decltype(stores)::value) {
+            outputs[t].store(p, row, tile_ + t, value);
+          } else {
+            _mm512_store_ps(values + t * kTileOutputs, value);
+          }
         }
+        sums += kSumStride;
+        lower += kSumStride;
+        values += kStride;
       }
-      sums += kSumStride;
-      lower += kSumStride;
-      values += kStride;
-    }
+    });
     if (!last_group || !activates) return;
-    activate(p.epilogue, first, values - first);
+    activate(p.epilogue, first, (end - rows.fresh) * kStride);
     for (int64_t row = rows.fresh; row < end; ++row) {
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {

@@ -16,24 +16,22 @@ inline __attribute__((always_inline)) void with_bool(bool value, const Take& tak
 }
 
 // What of a product is known when its last loop is compiled.
-template <bool kOffset, bool kZero, bool kCodes, bool kActivates>
+template <bool kOffset, bool kZero, bool kCodes, bool kOneGroup>
 struct Plain {
   static constexpr bool kPlain = true;
-  // One group, bytes, and nothing but what the names say.
+  // Nothing but what the names say and activation functions.
   static bool is(const PackedProduct& p) {
-    return p.weight.layout.groups == 1 && p.residual == nullptr && p.narrow != nullptr &&
-           (p.a_zero == nullptr || p.one_grid) &&
+    return p.residual == nullptr && (p.a_zero == nullptr || p.one_grid) &&
            (p.codes == nullptr || p.code_reciprocal != nullptr);
   }
   static void know(PackedProduct& p) {
-    p.weight.layout.groups = 1;
+    if (kOneGroup) p.weight.layout.groups = 1;
     know_pointer<kOffset>(p.weight.offset);
     p.residual = nullptr;
     p.one_grid = true;
     know_pointer<kZero>(p.a_zero);
     know_pointer<kCodes>(p.codes);
     know_pointer<kCodes>(p.code_reciprocal);
-    if (!kActivates) p.epilogue = Epilogue::none;
   }
 
  private:
@@ -59,9 +57,9 @@ inline __attribute__((always_inline)) void with_plain(const PackedProduct& p, co
   with_bool(p.weight.offset != nullptr, [&](auto offset) {
     with_bool(p.a_zero != nullptr, [&](auto zero) {
       with_bool(p.codes != nullptr, [&](auto codes) {
-        with_bool(p.epilogue != Epilogue::none, [&](auto activates) {
+        with_bool(p.weight.layout.groups == 1, [&](auto one_group) {
           take(Plain<decltype(offset)::value, decltype(zero)::value, decltype(codes)::value,
-                     decltype(activates)::value>());
+                     decltype(one_group)::value>());
         });
       });
     });

@@ -84,12 +84,11 @@ inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t bloc
   return w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
 }
 
-// Where blocks of a tile go with their u in eight bits each.
+// Blocks of a tile that are to have their u in eight bits each.
 struct PanelBlocks {
   int64_t first;
   int64_t count;
-  int64_t ahead;                 // blocks: lines that are wanted when these have been used
-  int64_t stride = kBlockBytes;  // from one to the next
+  int64_t ahead;  // blocks: lines that are wanted when these have been used
 };
 
 // The form of 8-bit codes (Note [weight tiles]).
@@ -98,12 +97,12 @@ void unpack_blocks(const Format& format, const PackedWeight& w, int64_t tile,
                    const PanelBlocks& blocks, uint8_t* to) {
   const uint8_t* lines = lines_of(w, tile, blocks.first);
   const int64_t bits = w.layout.bits;
-  for (int64_t b = 0; b < blocks.count; ++b, lines += bits * kLine, to += blocks.stride) {
+  for (int64_t b = 0; b < blocks.count; ++b, lines += bits * kLine) {
     for (int64_t i = 0; i < bits; ++i)
       __builtin_prefetch(lines + (blocks.ahead * bits + i) * kLine);
 #pragma GCC unroll 8
-    for (int step = 0; step < 8; ++step)
-      _mm512_store_si512(to + step * kLine, format.at(step, lines));
+    for (int step = 0; step < 8; ++step, to += kLine)
+      _mm512_store_si512(to, format.at(step, lines));
   }
 }
 

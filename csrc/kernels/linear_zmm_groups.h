@@ -72,9 +72,8 @@ void unpack_blocks(const MultipliedCodes<kBits>&, const PackedWeight& w, int64_t
                    const PanelBlocks& blocks, uint8_t* to) {
   const int64_t begin = blocks.first;
   for_each_group(w, begin, begin + blocks.count, [&](int64_t first, int64_t count) {
-    unpack_blocks(MultipliedGroup<kBits>(w, tile, first), w, tile,
-                  {first, count, blocks.ahead, blocks.stride},
-                  to + (first - begin) * blocks.stride);
+    unpack_blocks(MultipliedGroup<kBits>(w, tile, first), w, tile, {first, count, blocks.ahead},
+                  to + (first - begin) * kBlockBytes);
   });
 }
 
