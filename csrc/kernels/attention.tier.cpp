@@ -2,66 +2,76 @@
 
 #include <csrc/core/lanes.h>
 #include <csrc/kernels/attention_widen.h>
+#include <csrc/kernels/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-using Int8 = int32_t __attribute__((vector_size(32)));
 constexpr int64_t kVectors = kRowPad / kFloat8;
+constexpr int64_t kParts = kRowPad / kVectorLanes;
 constexpr float kInfinity = __builtin_inff();
 // e^x is 0 from here on: hardly a normal float any more, 2^-124.
 constexpr float kLeastExponent = -86.0f, kLeastPower = -124.0f;
 
+using torchquant::larger;  // of vectors
 float larger(float a, float b) { return a > b ? a : b; }
 
 int64_t padded(int64_t keys) { return (keys + kRowPad - 1) / kRowPad * kRowPad; }
 
-// x - shift <= 0 becomes e^(x - shift), within an ulp: 2^n e^r with |r| <= ln(2) / 2, by the
-// polynomial 1 + r + r^2 (...) of degree 6 whose largest relative error there is least, 3e-9. NaN
-// stays NaN. No fused multiply-add: every tier gives the same bits. One loop a step, or compilers
-// do not see vectors.
-inline __attribute__((always_inline)) void exponential(float* __restrict__ x, float shift) {
-  constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f,
-                  kLn2Low = -2.12194440e-4f;  // 9 bits: n times them is exact
-  float n[kRowPad];
-  for (int64_t j = 0; j < kRowPad; ++j) {
-    const float difference = x[j] - shift;
-    x[j] = kLeastExponent > difference ? kLeastExponent : difference;  // one instruction
-  }
-  for (int64_t j = 0; j < kRowPad; ++j) n[j] = round_to_integer(x[j] * kLog2E);
-  for (int64_t j = 0; j < kRowPad; ++j) {
-    const float r = x[j] - n[j] * kLn2High - n[j] * kLn2Low;
-    float sum = 0.00138145406f;
-    sum = sum * r + 0.00836874545f;
-    sum = sum * r + 0.041668389f;
-    sum = sum * r + 0.166665211f;
-    sum = sum * r + 0.49999994f;
-    sum = sum * (r * r) + r + 1.0f;
-    const int32_t power = static_cast<int32_t>(n[j]) * (1 << 23);
-    x[j] = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, sum) + power);
-  }
-  for (int64_t j = 0; j < kRowPad; ++j) x[j] = n[j] <= kLeastPower ? 0.0f : x[j];
+// visit(j) for the vectors of kRowPad neighbours.
+template <class Visit>
+inline __attribute__((always_inline)) void for_each_part(const Visit& visit) {
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kParts; ++j) visit(j);
 }
 
-// kRowPad scores times `scale`, -inf behind the first `count`.
-inline void load_block(const float* __restrict__ scores, int64_t count, float scale,
-                       float* __restrict__ row) {
-  if (count >= kRowPad) {
-    for (int64_t j = 0; j < kRowPad; ++j) row[j] = scores[j] * scale;
-    return;
-  }
-  const auto there = static_cast<int32_t>(count > 0 ? count : 0);
-  float some[kRowPad] = {};
-  __builtin_memcpy(some, scores, static_cast<size_t>(there) * sizeof(float));
-  for (int32_t j = 0; j < kRowPad; ++j) row[j] = j < there ? some[j] * scale : -kInfinity;
+// e^x for x <= 0, within an ulp: 2^n e^r with |r| <= ln(2) / 2, by the polynomial 1 + r + r^2 (...)
+// of degree 6 whose largest relative error there is least, 3e-9. NaN stays NaN.
+inline __attribute__((always_inline)) Floats exponential(Floats x) {
+  constexpr float kMagic = 12582912.0f;  // rounds to whole numbers: round_to_integer
+  const Floats none{};
+  x = larger(none + kLeastExponent, x);
+  const Floats n = (x * 1.44269504f + kMagic) - kMagic;
+  const Floats r = fused(n, none + 2.12194440e-4f, fused(n, none - 0.693359375f, x));
+  Floats sum = none + 0.00138145406f;
+  sum = fused(sum, r, none + 0.00836874545f);
+  sum = fused(sum, r, none + 0.041668389f);
+  sum = fused(sum, r, none + 0.166665211f);
+  sum = fused(sum, r, none + 0.49999994f);
+  sum = fused(sum, r * r, r) + 1.0f;
+  const Floats power = (Floats)((Ints)sum + (__builtin_convertvector(n, Ints) << 23));
+  return n <= kLeastPower ? none : power;
 }
 
-// scale * scores + mask, -inf for keys that take no part and behind the last one.
-void load_row(const AttentionRows& work, int64_t r, float* __restrict__ row) {
+// kRowPad scores times `scale`, -inf behind the first `count`; the first `stored` are in memory.
+inline void load_block(const float* scores, int64_t count, int64_t stored, float scale,
+                       float* row) {
+  alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                     8, 9, 10, 11, 12, 13, 14, 15};
+  for_each_part([&](int64_t j) __attribute__((always_inline)) {
+    const int64_t at = j * kVectorLanes, left = count - at;
+    Floats x{};
+    if (at + kVectorLanes <= stored) {
+      x = load<Floats>(scores + at);
+    } else if (left > 0) {
+      float some[kVectorLanes] = {};
+      for (int64_t i = 0; i < left && i < kVectorLanes; ++i) some[i] = scores[at + i];
+      x = load<Floats>(some);
+    }
+    const auto most = static_cast<int32_t>(left < 0              ? 0
+                                           : left < kVectorLanes ? left
+                                                                 : kVectorLanes);
+    const Ints there = load<Ints>(kLanes) < most;
+    store(there ? x * scale : Floats{} - kInfinity, row + at);
+  });
+}
+
+// scale * scores + mask, -inf for keys that take no part and behind the last one, from the first
+// key on that is not left where it is.
+void load_row(const AttentionRows& work, int64_t r, int64_t first, float* __restrict__ row) {
   const int64_t causal = work.causal_keys + r, keys = causal < work.keys ? causal : work.keys;
-  for (int64_t i = 0; i < padded(work.keys); i += kRowPad)
-    load_block(work.scores + r * work.stride + i, keys - i, work.scale, row + i);
+  for (int64_t i = first; i < padded(work.keys); i += kRowPad)
+    load_block(work.scores + r * work.stride + i, keys - i, work.stride - i, work.scale, row + i);
   if (work.mask != nullptr) {
     const float* __restrict__ mask = work.mask + r * work.mask_stride;
     for (int64_t i = 0; i < keys; ++i) row[i] += mask[i];
@@ -70,6 +80,12 @@ void load_row(const AttentionRows& work, int64_t r, float* __restrict__ row) {
     const bool* __restrict__ allowed = work.allowed + r * work.mask_stride;
     for (int64_t i = 0; i < keys; ++i) row[i] = allowed[i] ? row[i] : -kInfinity;
   }
+}
+
+// Where all keys take part, whole blocks of scores are read where they lie.
+int64_t keys_left(const AttentionRows& work) {
+  const bool all = work.mask == nullptr && work.allowed == nullptr && work.causal_keys >= work.keys;
+  return all && work.scale > 0.0f ? work.keys / kRowPad * kRowPad : 0;
 }
 
 // The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
@@ -87,28 +103,42 @@ inline __attribute__((always_inline)) float fold(const float* lanes, const Join&
   return x[0][0];
 }
 
-float largest_of(const float* lanes) {
-  return fold(lanes, [](Float8& a, const Float8& b) { a = a > b ? a : b; });
+template <class Join>
+inline __attribute__((always_inline)) float fold(const Floats (&parts)[kParts], const Join& join) {
+  alignas(64) float lanes[kRowPad];
+  for_each_part([&](int64_t j) { store(parts[j], lanes + j * kVectorLanes); });
+  return fold(lanes, join);
 }
 
-float maximum(const float* row, int64_t count) {
-  float most[kRowPad];
-  for (int64_t j = 0; j < kRowPad; ++j) most[j] = -kInfinity;
-  for (int64_t i = 0; i < count; i += kRowPad) {
-    for (int64_t j = 0; j < kRowPad; ++j) most[j] = larger(row[i + j], most[j]);
-  }
+float largest_of(const Floats (&parts)[kParts]) {
+  return fold(parts, [](Float8& a, const Float8& b) { a = a > b ? a : b; });
+}
+
+// Of scale * scores for the first `left` keys, and of what is in `row` for the others.
+float maximum(const float* scores, int64_t left, float scale, const float* row, int64_t count) {
+  Floats most[kParts];
+  for_each_part([&](int64_t j) { most[j] = Floats{} - kInfinity; });
+  const auto take = [&](const float* from) __attribute__((always_inline)) {
+    for_each_part([&](int64_t j) __attribute__((always_inline)) {
+      most[j] = larger(load<Floats>(from + j * kVectorLanes), most[j]);
+    });
+  };
+  for (int64_t i = 0; i < left; i += kRowPad) take(scores + i);
+  if (left > 0) for_each_part([&](int64_t j) { most[j] *= scale; });
+  for (int64_t i = left; i < count; i += kRowPad) take(row + i);
   return largest_of(most);
 }
 
-// row = e^(row - shift); returns the sum.
-float exponentials(float* row, int64_t count, float shift) {
-  float sums[kRowPad] = {};
-  for (int64_t i = 0; i < count; i += kRowPad) {
-    float* const e = row + i;
-    exponential(e, shift);
-    for (int64_t j = 0; j < kRowPad; ++j) sums[j] += e[j];
-  }
-  return fold(sums, [](Float8& a, const Float8& b) { a = a + b; });
+// e^(x * factor - shift); adds to the sums.
+void exponentials(const float* x, float factor, float shift, int64_t count, float* e,
+                  Floats (&sums)[kParts]) {
+  for (int64_t i = 0; i < count; i += kRowPad)
+    for_each_part([&](int64_t j) __attribute__((always_inline)) {
+      const int64_t at = i + j * kVectorLanes;
+      const Floats power = exponential(load<Floats>(x + at) * factor - shift);
+      store(power, e + at);
+      sums[j] += power;
+    });
 }
 
 // --- levels of row / sum ---
@@ -128,12 +158,12 @@ using UnalignedWidest =
 
 // The value of the last threshold below stays.
 void level_by_counting(const Levels& levels, float* row, int64_t count, float sum) {
-  constexpr int64_t kParts = kRowPad / kWidest;
+  constexpr int64_t kWide = kRowPad / kWidest;
   for (int64_t i = 0; i < count; i += kRowPad) {
     auto* const parts = reinterpret_cast<UnalignedWidest*>(row + i);
-    Widest p[kParts], value[kParts];
+    Widest p[kWide], value[kWide];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kParts; ++j) {
+    for (int64_t j = 0; j < kWide; ++j) {
       p[j] = parts[j] / sum;
       value[j] = levels.values[0] + Widest{};
     }
@@ -141,10 +171,10 @@ void level_by_counting(const Levels& levels, float* row, int64_t count, float su
       const Widest threshold = levels.thresholds[t] + Widest{};
       const Widest above = levels.values[t + 1] + Widest{};
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < kParts; ++j) value[j] = p[j] > threshold ? above : value[j];
+      for (int64_t j = 0; j < kWide; ++j) value[j] = p[j] > threshold ? above : value[j];
     }
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kParts; ++j) parts[j] = value[j];
+    for (int64_t j = 0; j < kWide; ++j) parts[j] = value[j];
   }
 }
 
@@ -191,48 +221,67 @@ float safe_distance(const RowCodes& row) {
   return 0.5f - (256.0f + absolute(row.grid.zero_point)) * 0x1p-20f;
 }
 
-// Note [bytes before words]: every integer of a code fits in a byte. Where products want 16 bits
-// their order is that of the bytes' even and odd halves, so that bytes are made first.
-inline void store_block(const int8_t* bytes, int8_t* to) {
-  __builtin_memcpy(to, bytes, static_cast<size_t>(kRowPad));
-}
-inline void store_block(const int8_t* bytes, int16_t* to) { widen_block(bytes, to); }
-
 // What is known of a group's integers so far.
 struct GroupSums {
-  int32_t sums[kRowPad] = {};
-  float farthest[kRowPad] = {};  // squares of distances from whole numbers
+  Ints sums[kParts] = {};
+  Floats farthest[kParts] = {};  // squares of distances from whole numbers
 };
 
-// Integers of kRowPad keys, zeros behind the first `count`.
+// Integers of kRowPad keys by division.
+inline void divide_block(const RowCodes& row, const float* e, Ints (&a)[kParts]) {
+  int32_t integers[kRowPad];
+  for (int64_t j = 0; j < kRowPad; ++j) {
+    const float p = e[j] / row.sum;
+    const float code = to_code(p, row.grid.scale, row.grid.zero_point, row.max_code);
+    integers[j] = static_cast<int32_t>(code) - row.shift;
+  }
+  for_each_part([&](int64_t j) { a[j] = load<Ints>(integers + j * kVectorLanes); });
+}
+
+// The same by one product.
+inline __attribute__((always_inline)) void multiply_block(const RowCodes& row, float factor,
+                                                          const float* e, GroupSums& group,
+                                                          Ints (&a)[kParts]) {
+  constexpr float kMagic = 12582912.0f;  // rounds to whole numbers: round_to_integer
+  const Floats none{};
+  const int32_t subtracted = __builtin_bit_cast(int32_t, kMagic) + row.shift;
+  for_each_part([&](int64_t j) __attribute__((always_inline)) {
+    const Floats power = load<Floats>(e + j * kVectorLanes);
+    Floats x = fused(power, none + factor, none + row.grid.zero_point);
+    x = smaller(larger(x, none), none + row.max_code);
+    const Floats sum = x + kMagic, distance = x - (sum - kMagic);
+    group.farthest[j] = larger(distance * distance, group.farthest[j]);
+    a[j] = (Ints)sum - subtracted;
+  });
+}
+
+// Integers of kRowPad keys, zeros behind the first `count`. Note [bytes before words]: every
+// integer of a code fits in a byte. Where products want 16 bits their order is that of the bytes'
+// even and odd halves, so that bytes are made first.
 template <bool kDivide, class To>
 inline __attribute__((always_inline)) void write_block(const RowCodes& row, float factor,
-                                                       const float* __restrict__ e, int32_t count,
-                                                       GroupSums& group, To* __restrict__ to) {
-  const float sum = row.sum, scale = row.grid.scale, zero_point = row.grid.zero_point;
-  const float most = row.max_code;
-  const int32_t shift = row.shift;
-  int32_t a[kRowPad];
-  int8_t bytes[kRowPad];
-  for (int32_t j = 0; j < kRowPad; ++j) {
-    float code;
-    if constexpr (kDivide) {
-      code = to_code(e[j] / sum, scale, zero_point, most);
-    } else {
-      float x = e[j] * factor + zero_point;
-      x = x > 0.0f ? x : 0.0f;
-      x = x < most ? x : most;
-      code = round_to_integer(x);
-      group.farthest[j] = larger((x - code) * (x - code), group.farthest[j]);
-    }
-    a[j] = static_cast<int32_t>(code) - shift;
+                                                       const float* e, int32_t count,
+                                                       GroupSums& group, To* to) {
+  Ints a[kParts];
+  if constexpr (kDivide) {
+    divide_block(row, e, a);
+  } else {
+    multiply_block(row, factor, e, group, a);
   }
   if (count < kRowPad) {
-    for (int32_t j = 0; j < kRowPad; ++j) a[j] = j < count ? a[j] : 0;
+    int32_t integers[kRowPad];
+    for_each_part([&](int64_t j) { store(a[j], integers + j * kVectorLanes); });
+    for (int32_t j = 0; j < kRowPad; ++j) integers[j] = j < count ? integers[j] : 0;
+    for_each_part([&](int64_t j) { a[j] = load<Ints>(integers + j * kVectorLanes); });
   }
-  for (int64_t j = 0; j < kRowPad; ++j) group.sums[j] += a[j];
-  for (int64_t j = 0; j < kRowPad; ++j) bytes[j] = static_cast<int8_t>(a[j]);
-  store_block(bytes, to);
+  int8_t own[kRowPad];
+  int8_t* bytes = own;
+  if constexpr (sizeof(To) == 1) bytes = to;
+  for_each_part([&](int64_t j) __attribute__((always_inline)) {
+    group.sums[j] += a[j];
+    store_narrow(a[j], bytes + j * kVectorLanes);
+  });
+  if constexpr (sizeof(To) == 2) widen_block(bytes, to);
 }
 
 // Integers of keys [0, count) of a group; behind them zeros up to a whole block. The largest square
@@ -248,8 +297,10 @@ inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row, c
   if (i < count)
     write_block<kDivide>(row, factor, e + i, static_cast<int32_t>(count - i), group, to + i);
   if constexpr (!kDivide) farthest = larger(largest_of(group.farthest), farthest);
+  Ints sums{};
+  for_each_part([&](int64_t j) { sums += group.sums[j]; });
   int32_t total = 0;
-  for (int64_t j = 0; j < kRowPad; ++j) total += group.sums[j];
+  for (int64_t lane = 0; lane < kVectorLanes; ++lane) total += sums[lane];
   return total;
 }
 
@@ -314,19 +365,24 @@ void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
 }  // namespace
 
 void attention_rows(const AttentionRows& work) {
-  const int64_t count = padded(work.keys);
+  const int64_t count = padded(work.keys), left = keys_left(work);
   for (int64_t first = 0; first < work.rows; first += kRowGroup) {
-    const int64_t left = work.rows - first, rows = left < kRowGroup ? left : kRowGroup;
+    const int64_t more = work.rows - first, rows = more < kRowGroup ? more : kRowGroup;
+    const float* const scores = work.scores + first * work.stride;
     float shifts[kRowGroup], sums[kRowGroup];
     for (int64_t r = 0; r < rows; ++r) {
       float* const row = work.row + r * count;
-      load_row(work, first + r, row);
-      const float most = maximum(row, count);
+      load_row(work, first + r, left, row);
+      const float most = maximum(scores + r * work.stride, left, work.scale, row, count);
       // Without any key the shift would be infinite; so all are e^-inf = 0, and 0 / 1 in the end.
       shifts[r] = most == -kInfinity ? 0.0f : most;
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float sum = exponentials(work.row + r * count, count, shifts[r]);
+      float* const row = work.row + r * count;
+      Floats parts[kParts] = {};
+      exponentials(scores + r * work.stride, work.scale, shifts[r], left, row, parts);
+      exponentials(row + left, 1.0f, shifts[r], count - left, row + left, parts);
+      const float sum = fold(parts, [](Float8& a, const Float8& b) { a = a + b; });
       sums[r] = sum == 0.0f ? 1.0f : sum;
     }
     for (int64_t r = 0; r < rows; ++r) finish_row(work, first + r, work.row + r * count, sums[r]);

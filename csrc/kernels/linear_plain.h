@@ -5,9 +5,9 @@
 namespace torchquant {
 namespace {
 
-template <bool kValue>
+template <auto kValue>
 struct Known {
-  static constexpr bool value = kValue;
+  static constexpr auto value = kValue;
 };
 
 template <class Take>
@@ -15,21 +15,22 @@ inline __attribute__((always_inline)) void with_bool(bool value, const Take& tak
   value ? take(Known<true>()) : take(Known<false>());
 }
 
+enum class Zeros { none, one, of_rows };  // zero points of activations
+
 // What of a product is known when its last loop is compiled.
-template <bool kOffset, bool kZero, bool kCodes, bool kOneGroup>
+template <bool kOffset, Zeros kZeros, bool kCodes, bool kOneGroup>
 struct Plain {
   static constexpr bool kPlain = true;
   // Nothing but what the names say and activation functions.
   static bool is(const PackedProduct& p) {
-    return p.residual == nullptr && (p.a_zero == nullptr || p.one_grid) &&
-           (p.codes == nullptr || p.code_reciprocal != nullptr);
+    return p.residual == nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
   }
   static void know(PackedProduct& p) {
     if (kOneGroup) p.weight.layout.groups = 1;
     know_pointer<kOffset>(p.weight.offset);
     p.residual = nullptr;
-    p.one_grid = true;
-    know_pointer<kZero>(p.a_zero);
+    p.one_grid = kZeros != Zeros::of_rows;
+    know_pointer<kZeros != Zeros::none>(p.a_zero);
     know_pointer<kCodes>(p.codes);
     know_pointer<kCodes>(p.code_reciprocal);
   }
@@ -50,15 +51,21 @@ struct Anything {
   static void know(const PackedProduct&) {}
 };
 
+template <class Take>
+inline __attribute__((always_inline)) void with_zeros(const PackedProduct& p, const Take& take) {
+  if (p.a_zero == nullptr) return take(Known<Zeros::none>());
+  p.one_grid ? take(Known<Zeros::one>()) : take(Known<Zeros::of_rows>());
+}
+
 // take(what is known of p).
 template <class Take>
 inline __attribute__((always_inline)) void with_plain(const PackedProduct& p, const Take& take) {
-  if (!Plain<false, false, false, false>::is(p)) return take(Anything());
+  if (!Plain<false, Zeros::none, false, false>::is(p)) return take(Anything());
   with_bool(p.weight.offset != nullptr, [&](auto offset) {
-    with_bool(p.a_zero != nullptr, [&](auto zero) {
+    with_zeros(p, [&](auto zeros) {
       with_bool(p.codes != nullptr, [&](auto codes) {
         with_bool(p.weight.layout.groups == 1, [&](auto one_group) {
-          take(Plain<decltype(offset)::value, decltype(zero)::value, decltype(codes)::value,
+          take(Plain<decltype(offset)::value, decltype(zeros)::value, decltype(codes)::value,
                      decltype(one_group)::value>());
         });
       });
