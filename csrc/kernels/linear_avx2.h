@@ -8,6 +8,7 @@
 // tables) and 16-bit activations go through vpmaddwd alone, in int32. vpdpbusd and vpdpwssd add
 // four and two products to an int32: no windows, and no u that is too large.
 #pragma once
+#include <csrc/kernels/linear_ymm_finish.h>
 #include <csrc/kernels/linear_ymm_groups.h>
 
 namespace torchquant {
@@ -247,15 +248,23 @@ void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int6
   alignas(64) float values[kRowsAtOnce * kTileOutputs];
   const int64_t output = tile * kTileOutputs;
   const bool has_levels = p.weight.levels != nullptr;
+  const bool plain = is_plain(p) && output + kTileOutputs <= p.weight.outputs;
   const LevelTables levels(p.weight, tile);
   for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
     p.weight.multipliers.values != nullptr
         ? sum_span(p, tile, g, first_row, rows, sums)
         : sum_group(p, has_levels ? &levels : nullptr, tile, g, first_row, rows, sums);
+    if (plain) {
+      with_plain(p, [&](auto what) {
+        if constexpr (decltype(what)::kPlain)
+          finish_plain<decltype(what)>(p, g, tile, first_row, rows, sums, values);
+      });
+      continue;
+    }
     for (int64_t r = 0; r < rows; ++r)
       add_group(p, g, first_row + r, output, sums + r * kTileOutputs, values + r * kTileOutputs);
   }
-  finish_tile(p, tile, first_row, rows, values);
+  if (!plain) finish_tile(p, tile, first_row, rows, values);
 }
 
 void run_avx2(PackedProduct p) {

@@ -17,14 +17,15 @@ inline __attribute__((always_inline)) void with_bool(bool value, const Take& tak
 
 enum class Zeros { none, one, of_rows };  // zero points of activations
 
+// Nothing but what the names of Plain say, and activation functions.
+inline bool is_plain(const PackedProduct& p) {
+  return p.residual == nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
+}
+
 // What of a product is known when its last loop is compiled.
 template <bool kOffset, Zeros kZeros, bool kCodes, bool kOneGroup>
 struct Plain {
   static constexpr bool kPlain = true;
-  // Nothing but what the names say and activation functions.
-  static bool is(const PackedProduct& p) {
-    return p.residual == nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
-  }
   static void know(PackedProduct& p) {
     if (kOneGroup) p.weight.layout.groups = 1;
     know_pointer<kOffset>(p.weight.offset);
@@ -60,7 +61,7 @@ inline __attribute__((always_inline)) void with_zeros(const PackedProduct& p, co
 // take(what is known of p).
 template <class Take>
 inline __attribute__((always_inline)) void with_plain(const PackedProduct& p, const Take& take) {
-  if (!Plain<false, Zeros::none, false, false>::is(p)) return take(Anything());
+  if (!is_plain(p)) return take(Anything());
   with_bool(p.weight.offset != nullptr, [&](auto offset) {
     with_zeros(p, [&](auto zeros) {
       with_bool(p.codes != nullptr, [&](auto codes) {
