@@ -63,9 +63,10 @@ void finish_stored(const PackedProduct& all, int64_t g, int64_t tile, int64_t ro
   finish_group<T>(p, g, tile, row, rows, d, values);
 }
 
-// R rows at a time. Not inlined: it has no registers for what its caller knows.
+// R rows at a time, by way of memory: the code for finishing them is there only once. Not inlined,
+// as it has no registers for what its caller knows.
 template <int R, int T, bool kWide, class Codes>
-__attribute__((noinline)) void run_tile_rows(const PackedProduct& p, const Codes& codes,
+__attribute__((noinline)) void run_by_memory(const PackedProduct& p, const Codes& codes,
                                              int64_t tile, int64_t& row) {
   alignas(64) int32_t sums[R][T][kTileOutputs];
   alignas(64) float values[R * T * kTileOutputs];
@@ -84,9 +85,9 @@ __attribute__((noinline)) void run_tile_rows(const PackedProduct& p, const Codes
   }
 }
 
-// The same of many rows: from sums to outputs in registers.
+// The same in registers, for what most rows go through.
 template <int R, int T, class What>
-void run_known_rows(const PackedProduct& all, const Panel& panel, int64_t tile, int64_t& row) {
+void run_in_registers(const PackedProduct& all, const Panel& panel, int64_t tile, int64_t& row) {
   PackedProduct p = all;  // copied: stores to `out` could change what is behind a reference
   What::know(p);
   int64_t at = row;
@@ -103,19 +104,19 @@ void run_known_rows(const PackedProduct& all, const Panel& panel, int64_t tile, 
 }
 
 template <int R, int T>
-void run_plain_rows(const PackedProduct& p, const Panel& panel, int64_t tile, int64_t& row) {
-  with_plain(p, [&](auto what) { run_known_rows<R, T, decltype(what)>(p, panel, tile, row); });
+void run_in_registers(const PackedProduct& p, const Panel& panel, int64_t tile, int64_t& row) {
+  with_plain(p, [&](auto what) { run_in_registers<R, T, decltype(what)>(p, panel, tile, row); });
 }
 
 // From `row` on, with T tiles. Three or five rows are one pass where registers are full.
 template <int T, bool kWide, class Codes>
 void run_rows(const PackedProduct& p, const Codes& codes, int64_t tile, int64_t row) {
-  run_tile_rows<6, T, kWide>(p, codes, tile, row);
-  if constexpr (T >= 3 && !kWide) run_tile_rows<5, T, kWide>(p, codes, tile, row);
-  run_tile_rows<4, T, kWide>(p, codes, tile, row);
-  if constexpr (T >= 3 && !kWide) run_tile_rows<3, T, kWide>(p, codes, tile, row);
-  run_tile_rows<2, T, kWide>(p, codes, tile, row);
-  run_tile_rows<1, T, kWide>(p, codes, tile, row);
+  run_by_memory<6, T, kWide>(p, codes, tile, row);
+  if constexpr (T >= 3 && !kWide) run_by_memory<5, T, kWide>(p, codes, tile, row);
+  run_by_memory<4, T, kWide>(p, codes, tile, row);
+  if constexpr (T >= 3 && !kWide) run_by_memory<3, T, kWide>(p, codes, tile, row);
+  run_by_memory<2, T, kWide>(p, codes, tile, row);
+  run_by_memory<1, T, kWide>(p, codes, tile, row);
 }
 
 template <int T, class Codes>
@@ -126,24 +127,22 @@ void run_tiles(const PackedProduct& p, const Codes& codes, int64_t tile) {
 constexpr int64_t kPanelRows = 8;  // in registers, with kPanelTiles; from here on panels pay
 constexpr int kPanelTiles = 3;
 
-// All rows with T tiles, by way of a panel.
+// All rows with T tiles. The first fill a panel for the others.
 template <class Format, int T, bool kWide>
 void run_panel(const PackedProduct& p, int64_t tile, uint8_t* lines) {
   int64_t row = 0;
   PackedProduct q = p;
   if (is_multiplied<Format>) q.weight.origin = kByteOrigin;
   const auto codes = unpacked<Format, T>(lines, p.weight, tile);
-  if (is_multiplied<Format> && p.rows < kPanelRows) {
-    q.rows = 1;
-    run_tile_rows<1, T, kWide>(q, codes, tile, row);
-  } else {
-    q.rows = kPanelRows;
-    run_tile_rows<kPanelRows, T, kWide>(q, codes, tile, row);
+  if constexpr (is_multiplied<Format>) {
+    if (p.rows < kPanelRows) return run_by_memory<1, T, kWide>(q, codes, tile, row);
   }
+  q.rows = kPanelRows;
+  run_by_memory<kPanelRows, T, kWide>(q, codes, tile, row);
   q.rows = p.rows;
   const Panel panel{lines};
-  kWide ? run_tile_rows<kPanelRows, T, true>(q, panel, tile, row)
-        : run_plain_rows<kPanelRows, T>(q, panel, tile, row);
+  kWide ? run_by_memory<kPanelRows, T, true>(q, panel, tile, row)
+        : run_in_registers<kPanelRows, T>(q, panel, tile, row);
   run_rows<T, kWide>(q, panel, tile, row);
 }
 
