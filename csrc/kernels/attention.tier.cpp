@@ -28,10 +28,9 @@ inline __attribute__((always_inline)) void for_each_part(const Visit& visit) {
 // e^x for x <= 0, within an ulp: 2^n e^r with |r| <= ln(2) / 2, by the polynomial 1 + r + r^2 (...)
 // of degree 6 whose largest relative error there is least, 3e-9. NaN stays NaN.
 inline __attribute__((always_inline)) Floats exponential(Floats x) {
-  constexpr float kMagic = 12582912.0f;  // rounds to whole numbers: round_to_integer
   const Floats none{};
   x = larger(none + kLeastExponent, x);
-  const Floats n = (x * 1.44269504f + kMagic) - kMagic;
+  const Floats n = round_to_integer(x * 1.44269504f);
   const Floats r = fused(n, none + 2.12194440e-4f, fused(n, none - 0.693359375f, x));
   Floats sum = none + 0.00138145406f;
   sum = fused(sum, r, none + 0.00836874545f);
@@ -147,34 +146,20 @@ void divide(float* row, int64_t count, float sum) {
   for (int64_t i = 0; i < count; ++i) row[i] /= sum;
 }
 
-#if defined(__AVX512F__)
-constexpr int64_t kWidest = 16;
-#else
-constexpr int64_t kWidest = 8;
-#endif
-using Widest = float __attribute__((vector_size(kWidest * sizeof(float))));
-using UnalignedWidest =
-    float __attribute__((vector_size(kWidest * sizeof(float)), aligned(4), may_alias));
-
 // The value of the last threshold below stays.
 void level_by_counting(const Levels& levels, float* row, int64_t count, float sum) {
-  constexpr int64_t kWide = kRowPad / kWidest;
   for (int64_t i = 0; i < count; i += kRowPad) {
-    auto* const parts = reinterpret_cast<UnalignedWidest*>(row + i);
-    Widest p[kWide], value[kWide];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kWide; ++j) {
-      p[j] = parts[j] / sum;
-      value[j] = levels.values[0] + Widest{};
-    }
+    Floats p[kParts], value[kParts];
+    for_each_part([&](int64_t j) {
+      p[j] = load<Floats>(row + i + j * kVectorLanes) / sum;
+      value[j] = Floats{} + levels.values[0];
+    });
     for (int64_t t = 0; t < levels.threshold_count; ++t) {
-      const Widest threshold = levels.thresholds[t] + Widest{};
-      const Widest above = levels.values[t + 1] + Widest{};
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kWide; ++j) value[j] = p[j] > threshold ? above : value[j];
+      const Floats threshold = Floats{} + levels.thresholds[t];
+      const Floats above = Floats{} + levels.values[t + 1];
+      for_each_part([&](int64_t j) { value[j] = p[j] > threshold ? above : value[j]; });
     }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kWide; ++j) parts[j] = value[j];
+    for_each_part([&](int64_t j) { store(value[j], row + i + j * kVectorLanes); });
   }
 }
 
@@ -242,16 +227,14 @@ inline void divide_block(const RowCodes& row, const float* e, Ints (&a)[kParts])
 inline __attribute__((always_inline)) void multiply_block(const RowCodes& row, float factor,
                                                           const float* e, GroupSums& group,
                                                           Ints (&a)[kParts]) {
-  constexpr float kMagic = 12582912.0f;  // rounds to whole numbers: round_to_integer
   const Floats none{};
-  const int32_t subtracted = __builtin_bit_cast(int32_t, kMagic) + row.shift;
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
     const Floats power = load<Floats>(e + j * kVectorLanes);
     Floats x = fused(power, none + factor, none + row.grid.zero_point);
     x = smaller(larger(x, none), none + row.max_code);
-    const Floats sum = x + kMagic, distance = x - (sum - kMagic);
+    const Floats distance = x - round_to_integer(x);
     group.farthest[j] = larger(distance * distance, group.farthest[j]);
-    a[j] = (Ints)sum - subtracted;
+    a[j] = rounded(x, row.shift);
   });
 }
 

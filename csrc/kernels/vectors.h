@@ -118,9 +118,15 @@ inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c)
 #endif
 }
 
+constexpr float kMagic = 12582912.0f;  // of round_to_integer
+
+using torchquant::round_to_integer;  // of one number
+inline __attribute__((always_inline)) Floats round_to_integer(Floats x) {
+  return (x + kMagic) - kMagic;
+}
+
 // round_to_integer(x) - shift, from the bits that its sum leaves.
 inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
-  const float kMagic = 12582912.0f;
   return (Ints)(x + kMagic) - (static_cast<int32_t>(bits_of(kMagic)) + shift);
 }
 
