@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from . import bench_conv, bench_linear, bench_networks, race, report
+from . import bench_conv, bench_linear, bench_linear_cuda, bench_networks, race, report
 from .bench_solvers import CASES, contests
 from .harness import Result, machine, measure
 
-# Cases with tables of their own: (shapes, rounds, threads, show) -> results, Markdown.
+# Cases with tables of their own: (shapes, rounds, threads, show) -> results, Markdown (empty: what there was stays).
 SECTIONS: dict[str, Callable[..., tuple[list[Result], str]]] = {
     "linear": bench_linear.run,
+    "linear-cuda": bench_linear_cuda.run,
     "conv": bench_conv.run,
     "networks": bench_networks.run,
 }
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         made, text = SECTIONS[name](shapes, options.rounds or race.ROUNDS, options.threads, show)
         results += made
         facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
-        if options.write:
+        if options.write and text:
             report.insert_section(options.write, name, f"{report.preamble(facts, command)}\n{text}")
     if options.json:
         report.write_json(options.json, results, facts, command)

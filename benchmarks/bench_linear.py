@@ -86,7 +86,7 @@ def prepare(x: Tensor, weight: Tensor, variant: Variant) -> tuple[Run, Tensor, i
     layout: dict[str, Any] = {"bits": variant.bits, "group_size": variant.group_size}
     table, zero = None, None
     if variant.levels:
-        table = level_table(weight, variant.levels == "row")
+        table = level_table(weight, variant.levels == "row").to(weight.device)
         codes, scale, values = to_levels(weight, table)
     else:
         grid = "asymmetric" if variant.zero_points else "symmetric"
@@ -144,8 +144,8 @@ def make_inputs(shape: GemmShape) -> Tensor:
     return torch.randn(tokens, columns, generator=generator) * spread
 
 
-def variants_of(columns: int) -> list[Variant]:
-    return [variant for variant in VARIANTS if columns % max(variant.group_size, 1) == 0]
+def variants_of(columns: int, variants: Sequence[Variant] = VARIANTS) -> list[Variant]:
+    return [variant for variant in variants if columns % max(variant.group_size, 1) == 0]
 
 
 def races(shape: GemmShape, threads: int) -> Iterator[Race]:

@@ -43,10 +43,10 @@ def make_inputs(columns: int, seed: int = 0) -> Tensor:
     return x * torch.exp(0.5 * torch.randn(columns, generator=random))
 
 
-def make_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed + 1)
-    spread = torch.randn(rows, columns, 6, generator=random).square().mean(-1).clamp_min(0.1).sqrt()
-    return 0.02 * torch.randn(rows, columns, generator=random) / spread
+def make_weight(rows: int, columns: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    random = torch.Generator(device).manual_seed(seed + 1)
+    spread = torch.randn(rows, columns, 6, generator=random, device=device).square().mean(-1).clamp_min(0.1).sqrt()
+    return 0.02 * torch.randn(rows, columns, generator=random, device=device) / spread
 
 
 def make_layer(shape: Shape, seed: int = 0) -> Layer:

@@ -34,6 +34,7 @@ class Runner:
     unit: str = "GOP/s"
     bytes: int = 0  # that a run has to read at least
     registers: bool = False  # reads nothing, so the caches are left alone before it
+    calls: int = 1  # that a run makes; times are those of one
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Race:
     before: Run | None = None  # ahead of every call, not timed
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it is not there
     cells: dict[str, list[str]] = field(default_factory=dict)  # runner -> what else its line of the table says
+    clock: Callable[[], float] | None = None  # seconds; None: as harness.clock for that many threads
 
 
 Times = list[float]  # seconds per round; NaN: not timed in that round
@@ -83,33 +85,34 @@ def evict() -> Run:
 
 
 def run_race(race: Race, rounds: int) -> Outcome:
-    now, begin = clock(race.threads), time.perf_counter()
-    runs = {runner.name: runner.run for runner in race.runners}
-    times: dict[str, Times] = {name: [] for name in runs}
+    now, begin = race.clock or clock(race.threads), time.perf_counter()
+    times: dict[str, Times] = {runner.name: [] for runner in race.runners}
     with threads(race.threads):
         before = {runner.name: None if runner.registers else race.before for runner in race.runners}
-        lengths = {runner.name: warm_up(runner.run, before[runner.name]) for runner in race.runners}
+        lengths = {runner.name: warm_up(runner.run, before[runner.name], race.clock) for runner in race.runners}
         slow = SLOW * min(
             [lengths[runner.name] for runner in race.runners if runner.group == "float32"], default=math.inf
         )
         for turn in range(rounds):
-            for name, run in runs.items():
-                skipped = lengths[name] > slow and turn % SLOW_ROUNDS > 0
-                times[name].append(math.nan if skipped else sample(run, lengths[name], before[name], now))
+            for runner in race.runners:
+                name, length = runner.name, lengths[runner.name]
+                skipped = length > slow and turn % SLOW_ROUNDS > 0
+                seconds = math.nan if skipped else sample(runner.run, length, before[name], now)
+                times[name].append(seconds / runner.calls)
             if time.perf_counter() - begin > RACE_SECONDS:
                 break
     return Outcome(race, times)
 
 
-def warm_up(run: Run, before: Run | None) -> float:
+def warm_up(run: Run, before: Run | None, own_clock: Callable[[], float] | None) -> float:
     """Seconds of a second call, or of a first one that is slow."""
-    seconds = 0.0
+    now, seconds = own_clock or time.perf_counter, 0.0
     for _ in range(2):
         if before:
             before()
-        start = time.perf_counter()
+        start = now()
         run()
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         if seconds > LONG_CALL:
             break
     return seconds

@@ -61,6 +61,28 @@ def test_linear_writes_its_own_table_and_leaves_the_others(tmp_path: Path) -> No
         assert result["peer_best"] > 0 and result["ratio_low"] <= result["ratio"] <= result["ratio_high"]
 
 
+def test_linear_cuda_without_a_gpu_leaves_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from benchmarks.__main__ import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    page = tmp_path / "page.md"
+    page.write_text(section("linear-cuda", "measured elsewhere"))
+    assert main(["linear-cuda", "--write", str(page)]) == 0
+    assert page.read_text() == section("linear-cuda", "measured elsewhere")
+    assert "linear-cuda: not run, torch sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_linear_cuda_checks_and_writes_its_table(tmp_path: Path) -> None:
+    from benchmarks.__main__ import main
+
+    page = tmp_path / "page.md"
+    page.write_text(section("linear-cuda", "stale"))
+    assert main(["linear-cuda", "--shape", "3x256x128", "--rounds", "2", "--write", str(page)]) == 0
+    text = page.read_text()
+    assert "stale" not in text and "| 3x256x128 | W4A16 g128 |" in text and "| cuBLAS float16 |" in text
+
+
 def test_a_wrong_linear_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_linear
     from benchmarks.harness import CheckFailed

@@ -46,6 +46,13 @@ __device__ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// (a & mask) | base in one instruction, which two constants would make two of.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t base) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(base));
+  return d;
+}
+
 // A word of two floats, rounded.
 __device__ inline uint32_t pair_f16(float low, float high) {
   uint32_t d;

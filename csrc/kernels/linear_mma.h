@@ -23,6 +23,7 @@ struct MatrixProduct {
 
   // How the kernel is launched: Note [shares of a matrix product].
   int tokens;  // groups of eight rows that a warp multiplies at once
+  int tiles;
   int parts;
   int block_tiles;
 };

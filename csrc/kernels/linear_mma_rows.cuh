@@ -27,6 +27,7 @@ struct MatrixFormat {
   int c;
   LineWords<4> tables[kLevels ? 2 : 1];
 
+  MatrixFormat() = default;
   __device__ MatrixFormat(const PackedWeight& w, int64_t tile, int lane)
       : output(lane / 4 * 2), c(lane % 4) {
     if constexpr (kLevels) {
@@ -35,14 +36,51 @@ struct MatrixFormat {
     }
   }
 
-  __device__ void load(const uint8_t* block, Lines& lines) const {
-    const uint8_t* const own = block + output * 4;
-    if constexpr (kBits == 8) {
-      lines[0] = load_words<2>(own + 2 * c * kLine);
-      lines[1] = load_words<2>(own + (2 * c + 1) * kLine);
+  // Where the lane's codes lie in a block: `load` reads from there.
+  __device__ int64_t place() const {
+    return output * 4 + (kBits == 8 ? 2 * c : kBits == 4 ? c : c / 2) * kLine;
+  }
+  __device__ void load(const uint8_t* own, Lines& lines) const {
+    lines[0] = load_words<2>(own);
+    if constexpr (kBits == 8) lines[1] = load_words<2>(own + kLine);
+    if constexpr (kBits == 3) lines[1] = load_words<2>(own + (2 - c / 2) * kLine);
+  }
+
+  // The same in pairs of 16 bits, each on top of a base: inputs 0 2, 1 3, 4 6, 5 7, the last two
+  // pairs times kFactor. Sixteen fits behind float16's base alone.
+  template <bool kSixteen>
+  static constexpr int kFactor = kBits == 4 && !kLevels && kSixteen ? 16
+                                 : kBits < 4                        ? 4
+                                                                    : 1;
+
+  template <bool kSixteen>
+  __device__ void pairs(const Lines& lines, int o, uint32_t base, uint32_t (&u)[4]) const {
+    if constexpr (kWhole) {
+      uint32_t words[2];
+      bytes(lines, o, words);
+      for (int s = 0; s < 2; ++s) {
+        u[2 * s] = __byte_perm(words[s], base, 0x7250);
+        u[2 * s + 1] = __byte_perm(words[s], base, 0x7351);
+      }
+    } else if constexpr (kBits == 4) {
+      constexpr uint32_t kLow = 0x000f000fu, kHigh = kSixteen ? kLow << 4 : kLow;
+      const uint32_t line = lines[0].at[o];
+      u[0] = and_or(line, kLow, base);
+      u[1] = and_or(line >> 8, kLow, base);
+      u[2] = and_or(kSixteen ? line : line >> 4, kHigh, base);
+      u[3] = and_or(kSixteen ? line >> 8 : line >> 12, kHigh, base);
     } else {
-      lines[0] = load_words<2>(own + (kBits == 4 ? c : c / 2) * kLine);
-      if constexpr (kBits == 3) lines[1] = load_words<2>(own + 2 * kLine);
+      const uint32_t line = lines[0].at[o] >> (c % 2 * 4);
+      for (int i = 0; i < 4; ++i)
+        u[i] = and_or(line >> (i % 2 * 8), i < 2 ? 0x00030003u : 0x000c000cu, base);
+      if constexpr (kBits == 3) {  // bits 2 * c and 2 * c + 1 of each byte, to where 4 and 16 are
+        const uint32_t third = lines[1].at[o];
+        for (int i = 0; i < 2; ++i) {
+          const int shift = 2 * c - 2 + 8 * i;
+          u[i] = and_or(__funnelshift_r(third, third, shift), 0x00040004u, u[i]);
+          u[2 + i] = and_or(__funnelshift_r(third, third, shift - 1), 0x00100010u, u[2 + i]);
+        }
+      }
     }
   }
 
@@ -119,6 +157,8 @@ struct Integers {
     return weights;
   }
 
+  __device__ static Row arranged(const Row& row) { return row; }
+
   __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {
     mma_s8(sums, weights.words, row.at[0], row.at[1]);
   }
@@ -126,9 +166,9 @@ struct Integers {
 
 struct Float16 {
   static constexpr uint32_t kOnes = 0x3c003c00u;
-  static constexpr uint32_t kBase = 0x64646464u;  // before a byte u: 1024 + u
+  static constexpr uint32_t kBase = 0x64006400u;  // with u in the low bits: 1024 + u
   static constexpr float kBaseValue = 1024.0f;
-  static constexpr bool kTakesBytes = true;  // whether that holds for all u
+  static constexpr bool kTakesBytes = true;  // whether that holds for all bytes u
   __device__ static uint32_t pair(float low, float high) { return pair_f16(low, high); }
   __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) { return fma_f16x2(a, b, c); }
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -138,7 +178,7 @@ struct Float16 {
 
 struct BFloat16 {
   static constexpr uint32_t kOnes = 0x3f803f80u;
-  static constexpr uint32_t kBase = 0x43434343u;  // 128 + u
+  static constexpr uint32_t kBase = 0x43004300u;  // 128 + u
   static constexpr float kBaseValue = 128.0f;
   static constexpr bool kTakesBytes = false;
   __device__ static uint32_t pair(float low, float high) { return pair_bf16(low, high); }
@@ -176,27 +216,32 @@ struct Floats {
     }
   };
 
-  // u - origin + offset for the four bytes of a word, in pairs. The first difference is exact.
+  // u - origin + offset of an output, as `pairs` of a format has them. The difference is exact.
   template <class F>
-  __device__ static void to_pairs(uint32_t u, float origin, float offset, uint32_t& first,
-                                  uint32_t& last) {
+  __device__ static void to_floats(const F& format, const typename F::Lines& lines, int o,
+                                   float origin, float offset, uint32_t (&pairs)[4]) {
     if constexpr (F::kWhole && !T::kTakesBytes) {
-      float values[4];
-      for (int i = 0; i < 4; ++i) {  // 2^23 + u
-        values[i] = float_of(__byte_perm(u, 0x4b000000u, 0x7540 + i)) - (8388608.0f + origin);
-        if constexpr (F::kOffset) values[i] += offset;
+      uint32_t words[2];
+      format.bytes(lines, o, words);
+      for (int s = 0; s < 2; ++s) {
+        float values[4];
+        for (int i = 0; i < 4; ++i) {  // 2^23 + u
+          values[i] =
+              float_of(__byte_perm(words[s], 0x4b000000u, 0x7540 + i)) - (8388608.0f + origin);
+          if constexpr (F::kOffset) values[i] += offset;
+        }
+        pairs[2 * s] = T::pair(values[0], values[2]);
+        pairs[2 * s + 1] = T::pair(values[1], values[3]);
       }
-      first = T::pair(values[0], values[1]);
-      last = T::pair(values[2], values[3]);
     } else {
-      const float base = -(T::kBaseValue + origin);
-      const uint32_t bases = T::pair(base, base);
-      first = T::fma(__byte_perm(u, T::kBase, 0x4140), T::kOnes, bases);
-      last = T::fma(__byte_perm(u, T::kBase, 0x4342), T::kOnes, bases);
-      if constexpr (F::kOffset) {
-        const uint32_t offsets = T::pair(offset, offset);
-        first = T::fma(first, T::kOnes, offsets);
-        last = T::fma(last, T::kOnes, offsets);
+      constexpr int kFactor = F::template kFactor<T::kTakesBytes>;
+      format.template pairs<T::kTakesBytes>(lines, o, T::kBase, pairs);
+      for (int i = 0; i < 4; ++i) {
+        const float factor = i < 2 ? 1.0f : 1.0f / static_cast<float>(kFactor);
+        const float base = -(T::kBaseValue * factor + origin);
+        pairs[i] =
+            T::fma(pairs[i], i < 2 ? T::kOnes : T::pair(factor, factor), T::pair(base, base));
+        if constexpr (F::kOffset) pairs[i] = T::fma(pairs[i], T::kOnes, T::pair(offset, offset));
       }
     }
   }
@@ -206,12 +251,21 @@ struct Floats {
                                     const G& group) {
     Weights weights;
     for (int o = 0; o < 2; ++o) {
-      uint32_t u[2];
-      format.bytes(lines, o, u);
-      for (int s = 0; s < 2; ++s)
-        to_pairs<F>(u[s], origin, group.offset[o], weights.words[s][o], weights.words[s][2 + o]);
+      uint32_t pairs[4];
+      to_floats(format, lines, o, origin, group.offset[o], pairs);
+      for (int i = 0; i < 4; ++i) weights.words[i / 2][i % 2 * 2 + o] = pairs[i];
     }
     return weights;
+  }
+
+  // Pairs of inputs as those of weights.
+  __device__ static Row arranged(const Row& row) {
+    Row pairs;
+    for (int s = 0; s < 2; ++s) {
+      pairs.at[2 * s] = __byte_perm(row.at[2 * s], row.at[2 * s + 1], 0x5410);
+      pairs.at[2 * s + 1] = __byte_perm(row.at[2 * s], row.at[2 * s + 1], 0x7632);
+    }
+    return pairs;
   }
 
   __device__ static void multiply(Sum (&sums)[4], const Weights& weights, const Row& row) {

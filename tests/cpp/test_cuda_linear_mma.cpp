@@ -49,6 +49,7 @@ MatrixProduct shares_wanted;
 void multiply_in_shares(const PackedProduct& p) {
   MatrixProduct m = product_of(p);
   m.tokens = shares_wanted.tokens;
+  m.tiles = shares_wanted.tiles;
   m.parts = shares_wanted.parts;
   m.block_tiles = shares_wanted.block_tiles;
   launch_format<Integers, MatrixFormat<4, CodeKind::plain>>(m, nullptr);
@@ -61,17 +62,20 @@ TEST(CudaLinearMma, Shares) {
     LinearProblem problem(c), reference(c);
     problem.quantize(scalar::quantize_rows), reference.quantize(scalar::quantize_rows);
     reference.multiply(scalar::packed_product);
-    for (const int tokens : {1, 2, 4}) {
+    for (const auto& [tokens, tiles] : {std::pair{1, 1}, {2, 1}, {4, 1}, {1, 2}, {4, 2}}) {
       for (const int parts : {1, 4, 8}) {
         for (const int block_tiles : {1, 2}) {
           shares_wanted.tokens = tokens;
+          shares_wanted.tiles = tiles;
           shares_wanted.parts = parts;
           shares_wanted.block_tiles = block_tiles;
           cuda_on_host::reversed = block_tiles == 2;
-          if (parts * block_tiles > most_warps(1)) continue;
+          const bool turns = group_size > 0 && parts > 1;
+          if (parts * block_tiles > kMostWarps || (turns && parts < tokens * tiles)) continue;
           problem.multiply(multiply_in_shares);
           EXPECT_TRUE(problem.same_outputs(reference))
-              << tokens << " tokens, " << parts << " parts, " << block_tiles << " tiles, " << c;
+              << tokens << " tokens, " << tiles << " tiles, " << parts << " parts, " << block_tiles
+              << " in a block, " << c;
         }
       }
     }

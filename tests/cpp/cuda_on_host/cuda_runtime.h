@@ -223,6 +223,10 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
   return result;
 }
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, int shift) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+
 namespace cuda_on_host {
 
 inline int dot_of_two(int a, int b, int first_byte, int sum) {
@@ -329,6 +333,7 @@ inline Word fma_f16x2(Word a, Word b, Word c) {
 inline Word fma_bf16x2(Word a, Word b, Word c) {
   return cuda_on_host::fused_pairs<cuda_on_host::BFloat16s>(a, b, c);
 }
+inline Word and_or(Word a, Word mask, Word base) { return (a & mask) | base; }
 inline Word pair_f16(float low, float high) { return cuda_on_host::Float16s::write(low, high); }
 inline Word pair_bf16(float low, float high) { return cuda_on_host::BFloat16s::write(low, high); }
 inline float float_of_f16(uint16_t half) { return cuda_on_host::Float16s::read(half, 0); }
