@@ -7,6 +7,7 @@
 #include <csrc/kernels/conv_input.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -129,7 +130,9 @@ at::Tensor quantized_conv2d(
   } else {
     std::vector<Prepacked> weights =
         weights_of(s, {packed, grid, levels, bits, columns, out_channels / groups, group_size});
-    const bool wide = input_bits == 16 || weights[0].needs_wide();
+    const bool wide = input_bits == 16 ||
+                      std::any_of(weights.begin(), weights.end(),
+                                  [](const Prepacked& weight) { return weight.needs_wide(); });
     if (output.out.numel() > 0)
       run_gathered(s, input, std::move(weights), group_size, wide, output);
   }

@@ -118,6 +118,27 @@ struct PackedWeight {
   TORCHQUANT_HOST_DEVICE bool needs_signs() const { return levels != nullptr || layout.bits == 8; }
 };
 
+// Kernels without vpdpbusd multiply levels up to this one with 8-bit activations.
+constexpr int32_t kSmallLevel = 63;
+
+// The least and the largest level of tiles [first_tile, last_tile).
+struct LevelRange {
+  int32_t least;
+  int32_t largest;
+};
+inline LevelRange level_range(const PackedWeight& w, int64_t first_tile, int64_t last_tile) {
+  const int64_t first = w.level_stride * first_tile * kTileOutputs;
+  const int64_t count =
+      w.level_stride == 0 ? 16 : w.level_stride * last_tile * kTileOutputs - first;
+  uint8_t least = 255, largest = 0;  // plus 128
+  for (int64_t i = first; i < first + count; ++i) {
+    const auto level = static_cast<uint8_t>(w.levels[i] ^ -128);
+    least = level < least ? level : least;
+    largest = level > largest ? level : largest;
+  }
+  return {least - 128, largest - 128};
+}
+
 // What the sums of groups that are to be multiplied start with, factor * S: for every `blocks`
 // blocks of a row, where blocks is not 0.
 struct GroupStarts {

@@ -4,74 +4,58 @@
 //
 // Note [int16 windows]: vpmaddubsw adds two products u * a to an int16, and further pairs are added
 // in int16 (vpaddw) before vpmaddwd widens them. A window of w steps fits when
-// 2 w * 128 * max(u) < 2^15: 8 steps of four bits, 16 of three, 40 of two. Larger u (eight bits,
-// tables) and 16-bit activations go through vpmaddwd alone, in int32. vpdpbusd and vpdpwssd add
-// four and two products to an int32: no windows, and no u that is too large.
+// 2 w * 128 * max(u) < 2^15: 8 steps of four bits, 16 of three, 40 of two; for small levels see
+// linear_ymm_levels.h. Larger u (eight bits, levels) and 16-bit activations go through vpmaddwd
+// alone, in int32. vpdpbusd and vpdpwssd add four and two products to an int32: no windows, and no
+// u that is too large.
 #pragma once
 #include <csrc/kernels/linear_ymm_finish.h>
 #include <csrc/kernels/linear_ymm_groups.h>
+#include <csrc/kernels/linear_ymm_levels.h>
 
 namespace torchquant {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 192;  // sums and values of these rows stay in L1 and L2
 
-// u of half h from four-bit codes: lane l of tables[h][q] is the table of output 8 h + 4 l + q.
-struct LevelTables {
-  LevelTables(const PackedWeight& w, int64_t tile) {
-    if (w.levels == nullptr) return;
-    for (int h = 0; h < 2; ++h) {
-      for (int q = 0; q < 4; ++q) {
-        const int64_t row = tile * kTileOutputs + 8 * h + q;
-        const auto table = [&](int64_t r) {
-          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.levels + r * w.level_stride));
-        };
-        tables[h][q] =
-            _mm256_xor_si256(_mm256_set_m128i(table(row + 4), table(row)), _mm256_set1_epi8(-128));
-      }
-    }
-  }
-  inline __attribute__((always_inline)) __m256i look_up(__m256i codes, int h) const {
-    const __m256i even = _mm256_set1_epi64x(0xffffffff), pair = _mm256_set_epi64x(-1, 0, -1, 0);
-    const __m256i first = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[h][1], codes),
-                                             _mm256_shuffle_epi8(tables[h][0], codes), even);
-    const __m256i second = _mm256_blendv_epi8(_mm256_shuffle_epi8(tables[h][3], codes),
-                                              _mm256_shuffle_epi8(tables[h][2], codes), even);
-    return _mm256_blendv_epi8(first, second, pair);
-  }
-  __m256i tables[2][4];
-};
-
-template <int kBits>
-void unpack_blocks(const uint8_t* lines, int64_t blocks, const LevelTables* levels,
-                   uint8_t* panel) {
-  for (int64_t b = 0; b < blocks; ++b, lines += kBits * kLine, panel += kSteps * kLine) {
+template <class Source>
+void unpack_blocks(const Source& source, int64_t blocks, uint8_t* panel) {
+  for (int64_t b = 0; b < blocks; ++b, panel += kSteps * kLine) {
 #pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        __m256i u = half_step<kBits>(lines, step, h);
-        if (levels != nullptr) u = levels->look_up(u, h);
-        store(panel + step * kLine + 32 * h, u);
-      }
+      for (int h = 0; h < 2; ++h) store(panel + step * kLine + 32 * h, source(b, step, h));
     }
   }
 }
 
-void unpack_segment(const PackedWeight& w, int64_t tile, int64_t block, int64_t blocks,
-                    const LevelTables* levels, uint8_t* panel) {
-  const uint8_t* lines = w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
-  switch (w.layout.bits) {
-    case 2:
-      return unpack_blocks<2>(lines, blocks, levels, panel);
-    case 3:
-      return unpack_blocks<3>(lines, blocks, levels, panel);
-    case 4:
-      return unpack_blocks<4>(lines, blocks, levels, panel);
-    default:
-      return unpack_blocks<8>(lines, blocks, levels, panel);
+// The codes of a tile as they are, or their levels: use(source) from block `block` on.
+struct UniformCodes {
+  template <class Use>
+  void with_source(const PackedWeight& w, int64_t tile, int64_t block, const Use& use) const {
+    const uint8_t* const lines = lines_of(w, tile, block);
+    switch (w.layout.bits) {
+      case 2:
+        return use(PackedSteps<2>{lines});
+      case 3:
+        return use(PackedSteps<3>{lines});
+      case 4:
+        return use(PackedSteps<4>{lines});
+      default:
+        return use(PackedSteps<8>{lines});
+    }
   }
-}
+};
+
+template <class Tables>
+struct LevelCodes {
+  template <class Use>
+  void with_source(const PackedWeight& w, int64_t tile, int64_t block, const Use& use) const {
+    use(LevelSteps<Tables>{{lines_of(w, tile, block)}, tables});
+  }
+
+  const Tables tables;
+};
 
 // sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
 template <int R, bool kVnni, class Source>
@@ -119,6 +103,7 @@ struct Run {
   int64_t window;
   int32_t* sums;                            // [rows, 16]
   const GroupTable* multipliers = nullptr;  // of these blocks, where starts are given
+  const LevelWindows* windows = nullptr;    // of the chunk
 
   template <int R, class Source>
   void take(const Source& source, int64_t& row) const {
@@ -140,9 +125,23 @@ struct Run {
                           : add_groups<R, kVnni, false>(source, groups, a, target);
         continue;
       }
+      if (windows != nullptr) {
+        add_windows<R>(source, row, a, stride, target);
+        continue;
+      }
       p.wide != nullptr ? add_wide<R, kVnni>(source, blocks, a, stride, target)
                         : add_narrow<R, kVnni>(source, blocks, window, a, stride, target);
     }
+  }
+
+  template <int R, class Source>
+  void add_windows(const Source& source, int64_t row, const int8_t* a, int64_t stride,
+                   int32_t* target) const {
+    const int32_t* const starts =
+        windows->starts.data() + row * windows->stride + block * windows->of_block();
+    windows->steps == 4
+        ? add_levels<R, 4>(source, blocks, starts, windows->stride, a, stride, target)
+        : add_levels<R, 2>(source, blocks, starts, windows->stride, a, stride, target);
   }
 
   GroupRun groups_of(int64_t row, int64_t stride) const {
@@ -159,21 +158,9 @@ struct Run {
     take<1>(PanelSteps{panel}, row);
   }
 
-  void from_lines(int64_t tile) const {
-    switch (p.weight.layout.bits) {
-      case 2:
-        return from_lines<2>(tile);
-      case 3:
-        return from_lines<3>(tile);
-      default:
-        return from_lines<4>(tile);
-    }
-  }
-
-  template <int kBits>
-  void from_lines(int64_t tile) const {
-    const PackedWeight& w = p.weight;
-    const PackedSteps<kBits> source{w.packed + (tile * w.layout.blocks + block) * kBits * kLine};
+  // Of at most four rows.
+  template <class Source>
+  void from_lines(const Source& source) const {
     int64_t row = 0;
     take<4>(source, row);
     take<2>(source, row);
@@ -190,8 +177,9 @@ void start_sums(const PackedProduct& p, int64_t g, int64_t first_row, int64_t ro
   }
 }
 
-void sum_group(const PackedProduct& p, const LevelTables* levels, int64_t tile, int64_t g,
-               int64_t first_row, int64_t rows, int32_t* sums) {
+template <class Codes>
+void sum_group(const PackedProduct& p, const Codes& codes, const LevelWindows* windows,
+               int64_t tile, int64_t g, int64_t first_row, int64_t rows, int32_t* sums) {
   const BlockLayout& layout = p.weight.layout;
   const int64_t block = g * layout.group_blocks, blocks = layout.blocks_of_group(g);
   const int64_t window = p.tier == CpuTier::avx2_vnni ? kSegmentBlocks
@@ -199,21 +187,25 @@ void sum_group(const PackedProduct& p, const LevelTables* levels, int64_t tile, 
                          : layout.bits == 3           ? 2
                                                       : 1;
   start_sums(p, g, first_row, rows, sums);
-  if (rows <= 4 && layout.bits < 8 && levels == nullptr) {
-    return Run{p, first_row, rows, block, blocks, window, sums}.from_lines(tile);
+  Run run{p, first_row, rows, block, blocks, window, sums, nullptr, windows};
+  if (rows <= 4) {
+    codes.with_source(p.weight, tile, block, [&](const auto& source) { run.from_lines(source); });
+    return;
   }
   alignas(64) uint8_t panel[kSegmentBlocks * kSteps * kLine];
-  for (int64_t b = 0; b < blocks; b += kSegmentBlocks) {
-    const int64_t count = blocks - b < kSegmentBlocks ? blocks - b : kSegmentBlocks;
-    unpack_segment(p.weight, tile, block + b, count, levels, panel);
-    Run{p, first_row, rows, block + b, count, window, sums}.from_panel(panel);
+  for (; run.block < block + blocks; run.block += kSegmentBlocks) {
+    const int64_t left = block + blocks - run.block;
+    run.blocks = left < kSegmentBlocks ? left : kSegmentBlocks;
+    codes.with_source(p.weight, tile, run.block,
+                      [&](const auto& source) { unpack_blocks(source, run.blocks, panel); });
+    run.from_panel(panel);
   }
 }
 
 // Note [integer groups]: the sums of windows or groups are multiplied where starts are given for
 // them, elsewhere the weight itself.
-void sum_span(const PackedProduct& p, int64_t tile, int64_t span, int64_t first_row, int64_t rows,
-              int32_t* sums) {
+void sum_span(const PackedProduct& p, const UniformCodes& codes, int64_t tile, int64_t span,
+              int64_t first_row, int64_t rows, int32_t* sums) {
   const BlockLayout& layout = p.weight.layout;
   const int64_t group = p.weight.multipliers.blocks, step = kSegmentBlocks / group * group;
   const int64_t first = span * layout.group_blocks, end = first + layout.blocks_of_group(span);
@@ -231,11 +223,11 @@ void sum_span(const PackedProduct& p, int64_t tile, int64_t span, int64_t first_
     if (multiplies_sums) {
       table.fill(p, tile, block, blocks);
       run.multipliers = &table;
-      if (rows <= 4) {
-        run.from_lines(tile);
-        continue;
-      }
-      unpack_segment(p.weight, tile, block, blocks, nullptr, panel);
+      const bool direct = rows <= 4;
+      codes.with_source(p.weight, tile, block, [&](const auto& source) {
+        direct ? run.from_lines(source) : unpack_blocks(source, blocks, panel);
+      });
+      if (direct) continue;
     } else {
       unpack_multiplied(p.weight, tile, block, blocks, panel);
     }
@@ -243,17 +235,19 @@ void sum_span(const PackedProduct& p, int64_t tile, int64_t span, int64_t first_
   }
 }
 
-void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int64_t rows) {
+template <class Codes>
+void run_avx2_tile(const PackedProduct& p, const Codes& codes, const LevelWindows* windows,
+                   int64_t tile, int64_t first_row, int64_t rows) {
   alignas(64) int32_t sums[kRowsAtOnce * kTileOutputs];
   alignas(64) float values[kRowsAtOnce * kTileOutputs];
   const int64_t output = tile * kTileOutputs;
-  const bool has_levels = p.weight.levels != nullptr;
   const bool plain = is_plain(p) && output + kTileOutputs <= p.weight.outputs;
-  const LevelTables levels(p.weight, tile);
   for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
-    p.weight.multipliers.values != nullptr
-        ? sum_span(p, tile, g, first_row, rows, sums)
-        : sum_group(p, has_levels ? &levels : nullptr, tile, g, first_row, rows, sums);
+    if (p.weight.multipliers.values != nullptr) {
+      sum_span(p, UniformCodes(), tile, g, first_row, rows, sums);
+    } else {
+      sum_group(p, codes, windows, tile, g, first_row, rows, sums);
+    }
     if (plain) {
       with_plain(p, [&](auto what) {
         if constexpr (decltype(what)::kPlain)
@@ -267,13 +261,35 @@ void run_avx2_tile(const PackedProduct& p, int64_t tile, int64_t first_row, int6
   if (!plain) finish_tile(p, tile, first_row, rows, values);
 }
 
+template <class Tables>
+void run_levels(PackedProduct p, int64_t first_row, int64_t rows) {
+  LevelWindows windows;
+  const bool small = p.narrow != nullptr && p.tier != CpuTier::avx2_vnni;
+  if (small) {
+    windows.fill(p, first_row, rows);
+    p.weight.origin = 0;  // it is in the windows' starts
+  }
+  const auto origin = static_cast<int8_t>(small ? windows.origin : p.weight.origin);
+  for (int64_t tile = p.first_tile; tile < p.last_tile; ++tile) {
+    const LevelCodes<Tables> codes{Tables(p.weight, tile, origin)};
+    run_avx2_tile(p, codes, small ? &windows : nullptr, tile, first_row, rows);
+  }
+}
+
 void run_avx2(PackedProduct p) {
-  if (p.weight.multipliers.values != nullptr) p.weight.origin = kByteOrigin;
+  const PackedWeight& w = p.weight;
+  if (w.multipliers.values != nullptr) p.weight.origin = kByteOrigin;
   const int64_t chunks = (p.rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int64_t most = chunks == 0 ? 1 : (p.rows + chunks - 1) / chunks;
   for (int64_t row = 0; row < p.rows; row += most) {
     const int64_t rows = p.rows - row < most ? p.rows - row : most;
-    for (int64_t tile = p.first_tile; tile < p.last_tile; ++tile) run_avx2_tile(p, tile, row, rows);
+    if (w.levels != nullptr) {
+      w.level_stride == 0 ? run_levels<SharedLevels>(p, row, rows)
+                          : run_levels<RowLevels>(p, row, rows);
+      continue;
+    }
+    for (int64_t tile = p.first_tile; tile < p.last_tile; ++tile)
+      run_avx2_tile(p, UniformCodes(), nullptr, tile, row, rows);
   }
 }
 

@@ -284,9 +284,10 @@ PackedWeight Prepacked::view(bool wide) const {
 bool bytes_need_wide() { return cpu_tier() == CpuTier::avx2 || cpu_tier() == CpuTier::avx512; }
 
 bool Prepacked::needs_wide() const {
-  if (tensors_.packed.is_cuda()) return false;
-  const bool bytes = view_.levels != nullptr || view_.layout.bits == 8;
-  return bytes && bytes_need_wide();
+  if (tensors_.packed.is_cuda() || !bytes_need_wide()) return false;
+  if (view_.levels == nullptr) return view_.layout.bits == 8;
+  const auto [least, largest] = level_range(view_, 0, tensors_.packed.size(0));
+  return least < -kSmallLevel || largest > kSmallLevel;
 }
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {

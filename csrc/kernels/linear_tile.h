@@ -15,6 +15,10 @@ TORCHQUANT_HOST_DEVICE uint8_t entry_of(const PackedWeight& weight, int64_t tile
   return static_cast<uint8_t>(weight.levels[row + code] + 128);
 }
 
+inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t block) {
+  return w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
+}
+
 constexpr int32_t kByteOrigin = 128;  // the u of a multiplied weight that is zero
 
 // What output o's u are multiplied with in block `block`, and the u that is zero there.

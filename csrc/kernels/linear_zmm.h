@@ -80,10 +80,6 @@ struct RowLevels {
 
 constexpr int64_t kBlockBytes = 8 * kLine;  // of eight bits
 
-inline const uint8_t* lines_of(const PackedWeight& w, int64_t tile, int64_t block) {
-  return w.packed + (tile * w.layout.blocks + block) * w.layout.bits * kLine;
-}
-
 // Blocks of a tile that are to have their u in eight bits each.
 struct PanelBlocks {
   int64_t first;

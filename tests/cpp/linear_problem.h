@@ -3,6 +3,8 @@
 #pragma once
 #include <csrc/kernels/linear_multipliers.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <ostream>
 #include <random>
@@ -37,6 +39,10 @@ struct LinearCase {
     return has_multipliers() ? span_layout(groups, wide) : groups;
   }
   int64_t tiles() const { return (outputs + kTileOutputs - 1) / kTileOutputs; }
+  // Of the levels' magnitudes: all of int8, or what kernels without vpdpbusd treat apart.
+  int32_t largest_level() const {
+    return std::array{128, kSmallLevel, 32}[static_cast<size_t>(rows + outputs) % 3];
+  }
 };
 
 inline std::ostream& operator<<(std::ostream& out, const LinearCase& c) {
@@ -98,7 +104,10 @@ class LinearProblem {
     sum_ = floats(stride);
     if (c.has_multipliers()) fill_multipliers(stride);
     levels_ = Guarded<int8_t>(!c.has_levels() ? 0 : c.kind == Kind::levels ? 16 : c.tiles() * 256);
-    for (int64_t i = 0; i < levels_.size(); ++i) levels_[i] = static_cast<int8_t>(engine_());
+    for (int64_t i = 0; i < levels_.size(); ++i) {
+      const int32_t level = static_cast<int8_t>(engine_()), most = c.largest_level();
+      levels_[i] = static_cast<int8_t>(std::clamp(level, -most, most));
+    }
     x_ = floats(c.input == Input::codes ? 0 : c.rows * c.columns);
     codes_ = Guarded<uint8_t>(c.input == Input::codes ? c.rows * c.columns : 0);
     for (int64_t i = 0; i < codes_.size(); ++i) codes_[i] = static_cast<uint8_t>(engine_());
@@ -231,6 +240,8 @@ class LinearProblem {
   const Guarded<uint16_t>& half_values() const { return values_; }
   const Guarded<int8_t>& bytes() const { return bytes_; }
   Guarded<float>& x() { return x_; }
+  Guarded<uint8_t>& codes() { return codes_; }
+  Guarded<int8_t>& levels() { return levels_; }
 
  private:
   // Zero points, the largest multipliers that fit and smaller ones.

@@ -24,7 +24,8 @@ struct Tier {
   // Without sums of four products these weights are multiplied with 16-bit activations only.
   bool takes(const LinearCase& c) const {
     const bool plain = tier == CpuTier::avx2 || tier == CpuTier::avx512;
-    return c.wide || !plain || (!c.has_levels() && c.layout().bits < 8);
+    return c.wide || !plain ||
+           (c.has_levels() ? c.largest_level() <= kSmallLevel : c.layout().bits < 8);
   }
 };
 
@@ -76,6 +77,31 @@ TEST(Linear, EveryTierGivesTheSameOutputs) {
         if (!tier.takes(c)) continue;
         problem.multiply(tier.multiply, first_tile, tier.tier);
         EXPECT_TRUE(problem.same_outputs(reference)) << tier.name << ": " << c;
+      }
+    }
+  }
+}
+
+// Sums of bytes that are as large as they can be.
+TEST(Linear, SmallLevelsDoNotOverflow) {
+  LinearCase c{6, 16, 100, 4, 0, Kind::levels, Input::codes, false, Epilogue::none, false};
+  ASSERT_LE(c.largest_level(), kSmallLevel);
+  for (const int8_t level : {-63, -33, -32, -31, 31, 32, 33, 63}) {
+    for (const uint8_t code : {0, 1, 255}) {
+      for (const int64_t rows : {1, 6}) {
+        c.rows = rows;
+        LinearProblem problem(c), reference(c);
+        for (LinearProblem* p : {&problem, &reference}) {
+          for (int64_t i = 0; i < p->levels().size(); ++i) p->levels()[i] = level;
+          for (int64_t i = 0; i < p->codes().size(); ++i) p->codes()[i] = code;
+          p->quantize(scalar::quantize_rows);
+        }
+        reference.multiply(scalar::packed_product);
+        for (const Tier& tier : tiers()) {
+          problem.multiply(tier.multiply, 0, tier.tier);
+          EXPECT_TRUE(problem.same_outputs(reference))
+              << tier.name << ", level " << int{level} << ", code " << int{code} << ": " << c;
+        }
       }
     }
   }

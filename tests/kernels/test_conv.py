@@ -16,11 +16,11 @@ from torchquant.quantizers import uniform_quantize
 PREPACK = torch.ops.torchquant.conv_prepack.default
 CONV = torch.ops.torchquant.quantized_conv2d.default
 CPU_TIERS = _C.cpu_tiers()
-KINDS = ["uniform", "integral", "offset", "levels", "row_levels"]
+KINDS = ["uniform", "integral", "offset", "levels", "row_levels", "mixed_row_levels"]
 
 
 class Conv:
-    """Codes of ``kind`` uniform (symmetric), integral or offset (zero points), levels or row_levels, and geometry."""
+    """Codes of ``kind`` uniform (symmetric), integral or offset (zero points), or ...levels, and geometry."""
 
     def __init__(self, channels, outputs, kernel, bits=4, kind="uniform", groups=1, group_size=0, seed=0, **geometry):
         g, self.shape = random(seed), (outputs, channels // groups, *kernel)
@@ -35,8 +35,10 @@ class Conv:
             zero = torch.randint(0, 2**bits, (outputs, parts), generator=g)
             self.zero_point = zero + (0.5 if kind == "offset" else 0.0)
         elif kind.endswith("levels"):
-            shape = (outputs, 2**bits) if kind == "row_levels" else (2**bits,)
+            shape = (2**bits,) if kind == "levels" else (outputs, 2**bits)
             self.levels = torch.randint(-128, 128, shape, generator=g, dtype=torch.int8)
+            if kind == "mixed_row_levels":  # of the first half small enough for other kernels
+                self.levels[: outputs // 2] //= 4
 
     def values(self):
         """float64 ``[N, C / groups, kh, kw]``."""
@@ -108,6 +110,7 @@ CASES = {
     "row levels": ((1, 12, 6, 6), Conv(12, 17, (3, 3), 3, "row_levels", padding=(1, 1))),
     "groups": ((2, 24, 7, 7), Conv(24, 36, (3, 3), padding=(1, 1), groups=3)),
     "groups with levels": ((2, 12, 7, 7), Conv(12, 14, (3, 3), 4, "row_levels", padding=(1, 1), groups=2)),
+    "groups with small and large levels": ((1, 12, 7, 7), Conv(12, 14, (3, 3), 4, "mixed_row_levels", groups=2)),
     "many outputs": ((1, 8, 3, 3), Conv(8, 150, (3, 3), padding=(1, 1))),
     "depthwise": ((2, 10, 9, 13), Conv(10, 10, (3, 3), padding=(1, 1), groups=10)),
     "depthwise wide": ((1, 3, 5, 70), Conv(3, 3, (5, 5), 8, padding=(2, 2), groups=3)),

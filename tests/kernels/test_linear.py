@@ -15,10 +15,11 @@ from torchquant.quantizers import uniform_quantize
 PREPACK = torch.ops.torchquant.linear_prepack.default
 LINEAR = torch.ops.torchquant.quantized_linear.default
 CPU_TIERS = _C.cpu_tiers()
+LEVELS = {"small_levels": (-32, 33), "small_row_levels": (-63, 64)}  # what kernels without dot products take apart
 
 
 class Weight:
-    """Codes of ``kind`` uniform (symmetric), offset (with zero points), levels or row_levels, and their values."""
+    """Codes of ``kind`` uniform (symmetric), offset (with zero points) or ...levels, and their values."""
 
     def __init__(self, rows, columns, bits, group_size=0, kind="uniform", seed=0, extreme=False):
         g, self.bits, self.group_size, self.shape = random(seed), bits, group_size, (rows, columns)
@@ -30,10 +31,9 @@ class Weight:
         self.zero_point, self.levels = None, None
         if kind == "offset":
             self.zero_point = torch.randint(0, 2**bits, (rows, groups), generator=g) + 0.5
-        elif kind == "levels":
-            self.levels = torch.randint(-128, 128, (2**bits,), generator=g, dtype=torch.int8)
-        elif kind == "row_levels":
-            self.levels = torch.randint(-128, 128, (rows, 2**bits), generator=g, dtype=torch.int8)
+        elif kind.endswith("levels"):
+            shape = (rows, 2**bits) if kind.endswith("row_levels") else (2**bits,)
+            self.levels = torch.randint(*LEVELS.get(kind, (-128, 128)), shape, generator=g, dtype=torch.int8)
 
     def values(self):
         """float64 ``[N, K]``."""
@@ -87,7 +87,7 @@ SHAPES = [
     (2, 64, 0),
     (0, 4, 4),
 ]
-KINDS = ["uniform", "offset", "levels", "row_levels"]
+KINDS = ["uniform", "offset", "levels", "row_levels", *LEVELS]
 KINDS_AND_BITS = [
     (kind, bits) for kind in KINDS for bits in (2, 3, 4, 6, 8) if bits <= 4 or not kind.endswith("levels")
 ]
