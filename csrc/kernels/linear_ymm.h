@@ -90,6 +90,23 @@ struct PackedSteps {
   }
 };
 
+// Up to six rows by two pointers: g++ 12 would keep one for each, and set all of them up for every
+// window.
+struct RowPointers {
+  inline __attribute__((always_inline)) RowPointers(const int8_t* a, int64_t stride)
+      : first(a), stride(stride) {
+    asm("" : "+r"(this->stride));
+    fourth = first + 3 * this->stride;
+  }
+  inline __attribute__((always_inline)) const int8_t* at(int r) const {
+    return (r < 3 ? first : fourth) + r % 3 * stride;
+  }
+
+  const int8_t* first;
+  const int8_t* fourth;
+  int64_t stride;
+};
+
 // d[r][h] += u * a over blocks [first, end), for R rows and both halves of the outputs: to int16,
 // or with kVnni or kWide (16-bit activations, inputs 0 2 1 3 of every four) to int32.
 template <int R, bool kVnni, bool kWide, class Source>
@@ -99,6 +116,7 @@ inline __attribute__((always_inline)) void add_blocks(const Source& source, int6
   for (int64_t b = first; b < end; ++b) {
     source.prefetch(b);
     const int8_t* const x = a + b * kBlockInputs * (kWide ? 2 : 1);
+    const RowPointers x_rows(x, stride);
 #pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (kWide) {
@@ -118,7 +136,7 @@ inline __attribute__((always_inline)) void add_blocks(const Source& source, int6
         const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-          const __m256i four = broadcast4(x + r * stride + 4 * step);
+          const __m256i four = broadcast4(x_rows.at(r) + 4 * step);
           add_products<kVnni>(d[r][0], u0, four);
           add_products<kVnni>(d[r][1], u1, four);
         }

@@ -138,6 +138,7 @@ __attribute__((noinline)) void add_levels(const Source& source, int64_t blocks,
   for (int r = 0; r < R; ++r) all[r][0] = all[r][1] = _mm256_setzero_si256();
   for (int64_t b = 0; b < blocks; ++b, a += kBlockInputs) {
     source.prefetch(b);
+    const RowPointers rows(a, stride);
 #pragma GCC unroll 4
     for (int first = 0; first < kSteps; first += kWindow, ++starts) {
       __m256i d[R][2];
@@ -148,7 +149,7 @@ __attribute__((noinline)) void add_levels(const Source& source, int64_t blocks,
         const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-          const __m256i four = broadcast4(a + r * stride + 4 * step);
+          const __m256i four = broadcast4(rows.at(r) + 4 * step);
           add_products<false>(d[r][0], u0, four);
           add_products<false>(d[r][1], u1, four);
         }
