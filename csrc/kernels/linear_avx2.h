@@ -64,10 +64,17 @@ __attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, 
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t first = 0; first < blocks; first += window) {
     __m256i d[R][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
     const int64_t end = first + window < blocks ? first + window : blocks;
-    add_blocks<R, kVnni, false>(source, first, end, a, stride, d);
+    if constexpr (kVnni) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
+      add_blocks<R, kVnni, false>(source, first, end, a, stride, d);
+    } else {
+      const RowPointers rows(a + first * kBlockInputs, stride);
+      source.prefetch(first);
+      begin_sums<R>(source, first, 0, kSteps, rows, [](int) { return Nothing(); }, d);
+      add_blocks<R, kVnni, false>(source, first + 1, end, a, stride, d);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m256i first_half = kVnni ? d[r][0] : _mm256_madd_epi16(d[r][0], ones);

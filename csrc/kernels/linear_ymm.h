@@ -26,6 +26,18 @@ inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u,
     asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
   }
 }
+// The first product of a sum in int16, from `start` on or (Nothing) from zero.
+struct Nothing {};
+inline __attribute__((always_inline)) __m256i first_products(Nothing, __m256i u, __m256i a) {
+  __m256i sum;
+  asm("vpmaddubsw %2, %1, %0" : "=x"(sum) : "x"(u), "x"(a));
+  return sum;
+}
+inline __attribute__((always_inline)) __m256i first_products(__m256i start, __m256i u, __m256i a) {
+  __m256i sum;
+  asm("vpmaddubsw %3, %2, %0\n\tvpaddw %1, %0, %0" : "=&x"(sum) : "x"(start), "x"(u), "x"(a));
+  return sum;
+}
 // To int32 sums. With its broadcast, which otherwise would be kept for the other half of the
 // outputs, in memory.
 template <bool kVnni>
@@ -106,6 +118,29 @@ struct RowPointers {
   const int8_t* fourth;
   int64_t stride;
 };
+
+// d[r][h] = start(r) + u * a over steps of one block, in int16.
+template <int R, class Source, class Start>
+inline __attribute__((always_inline)) void begin_sums(const Source& source, int64_t block,
+                                                      int first, int end, const RowPointers& rows,
+                                                      const Start& start, __m256i (&d)[R][2]) {
+#pragma GCC unroll 8
+  for (int step = first; step < end; ++step) {
+    const __m256i u0 = source(block, step, 0), u1 = source(block, step, 1);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256i four = broadcast4(rows.at(r) + 4 * step);
+      if (step == first) {
+        const auto from = start(r);
+        d[r][0] = first_products(from, u0, four);
+        d[r][1] = first_products(from, u1, four);
+      } else {
+        add_products<false>(d[r][0], u0, four);
+        add_products<false>(d[r][1], u1, four);
+      }
+    }
+  }
+}
 
 // d[r][h] += u * a over blocks [first, end), for R rows and both halves of the outputs: to int16,
 // or with kVnni or kWide (16-bit activations, inputs 0 2 1 3 of every four) to int32.

@@ -142,18 +142,9 @@ __attribute__((noinline)) void add_levels(const Source& source, int64_t blocks,
 #pragma GCC unroll 4
     for (int first = 0; first < kSteps; first += kWindow, ++starts) {
       __m256i d[R][2];
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_set1_epi32(starts[r * starts_stride]);
-#pragma GCC unroll 4
-      for (int step = first; step < first + kWindow; ++step) {
-        const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          const __m256i four = broadcast4(rows.at(r) + 4 * step);
-          add_products<false>(d[r][0], u0, four);
-          add_products<false>(d[r][1], u1, four);
-        }
-      }
+      begin_sums<R>(
+          source, b, first, first + kWindow, rows,
+          [&](int r) { return _mm256_set1_epi32(starts[r * starts_stride]); }, d);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
