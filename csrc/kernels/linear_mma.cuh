@@ -8,7 +8,8 @@
 // `parts` parts of the inputs. A thread block holds the parts of `block_tiles` such shares, which
 // meet in shared memory at the end, where parts are added in their order. Integers of several
 // groups become floats group after group, as on the CPU: there parts take whole groups in turn, and
-// meet after every turn.
+// meet after every turn. Every share reads its rows from L2: from 16 rows on that, 2.6 us a row for
+// 8192 x 28672 weights on an H200, is what takes the time.
 #pragma once
 #include <algorithm>
 #include <csrc/kernels/linear_mma_rows.cuh>
@@ -68,7 +69,6 @@ constexpr int kShareBlocks = 4;  // a part of the inputs is so many blocks, or a
 
 // One warp's share. Blocks are multiplied in steps: of kStep blocks where these lie in one group,
 // else of one. Codes are loaded a ring of steps ahead, rows a batch of blocks.
-
 template <class X, class F, int kTokens, int kTiles>
 struct MatrixWarp {
   using Sum = typename X::Sum;
