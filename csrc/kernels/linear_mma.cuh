@@ -8,8 +8,8 @@
 // `parts` parts of the inputs. A thread block holds the parts of `block_tiles` such shares, which
 // meet in shared memory at the end, where parts are added in their order. Integers of several
 // groups become floats group after group, as on the CPU: there parts take whole groups in turn, and
-// meet after every turn. Every share reads its rows from L2: from 16 rows on that, 2.6 us a row for
-// 8192 x 28672 weights on an H200, is what takes the time.
+// meet after every turn. Every share reads its rows from L2: of many rows that is what takes the
+// time.
 #pragma once
 #include <algorithm>
 #include <csrc/kernels/linear_mma_rows.cuh>
@@ -352,7 +352,7 @@ constexpr bool takes_two_tiles(int tokens, bool two_lines_of_codes) {
   return tokens == 1 || (tokens == 4 && !two_lines_of_codes);
 }
 
-// As measured on an H200 (132 SMs): the fastest shares of 40 products, but for 2 % on average.
+// Limits found by timing shares of many products on an H200 (132 SMs).
 MatrixProduct in_shares(MatrixProduct m) {
   constexpr int64_t kManyTiles = 512, kLeastBlocks = 16;  // of a part
   constexpr int64_t kShares = 3600, kFewShares = 1500;    // warps in all

@@ -63,6 +63,7 @@ inline __attribute__((always_inline)) void store(void* to, __m256i x) {
 inline __attribute__((always_inline)) void add_to(int32_t* sums, __m256i x) {
   store(sums, _mm256_add_epi32(load(sums), x));
 }
+
 // Half h (32 bytes, eight outputs) of V[step], uniform codes.
 template <int kBits>
 inline __attribute__((always_inline)) __m256i half_step(const uint8_t* lines, int step, int h) {

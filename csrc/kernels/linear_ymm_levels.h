@@ -67,7 +67,7 @@ struct LevelSteps {
   }
 };
 
-// How the rows of a chunk meet small levels: in windows of `steps`, 0 where these do not apply.
+// How the rows of a chunk meet small levels: in windows of `steps`.
 struct LevelWindows {
   int64_t steps = 0;
   int8_t origin = 0;
