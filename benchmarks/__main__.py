@@ -1,4 +1,4 @@
-"""python -m benchmarks [case ...] [--shape NxK ...] [--rounds N] [--threads N] [--write FILE.md] [--json FILE]"""
+"""python -m benchmarks [case ...]: see --help."""
 
 import argparse
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import bench_conv, bench_linear, bench_linear_cuda, bench_networks, race, report
+from . import bench_conv, bench_linear, bench_linear_cuda, bench_networks, cpu_mask, race, report
 from .bench_solvers import CASES, contests
 from .harness import Result, machine, measure
 
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--rounds", type=int, help=f"at most; default {ROUNDS}, of {' and '.join(SECTIONS)} {race.ROUNDS}"
     )
     parser.add_argument("--threads", type=int, help="default 1, of networks 1 and 2")
+    parser.add_argument("--cpu", choices=cpu_mask.TIERS, help="hide what this CPU has above a tier, from the peers too")
     parser.add_argument("--write", type=Path, help="a Markdown file whose marked tables are replaced")
     parser.add_argument("--json", type=Path, help="a file for the results as JSON")
     options = parser.parse_args(arguments)
@@ -72,6 +73,8 @@ def run_cases(names: Sequence[str], options: argparse.Namespace, threads: int) -
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    if options.cpu and not cpu_mask.is_on(options.cpu):
+        cpu_mask.start_again(options.cpu, arguments)
     threads, chosen = options.threads or 1, options.case or CHOICES
     torch.set_num_threads(threads)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])

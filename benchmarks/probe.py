@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchquant import _C
 
+from . import cpu_mask
 from .harness import Run
 
 SOURCE = Path(__file__).with_name("probe.cpp")
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL | str:
     LIBRARY.parent.mkdir(exist_ok=True)
     command = [os.environ.get("CXX", "c++"), *FLAGS, str(SOURCE), "-o", str(LIBRARY)]
     try:
-        made = subprocess.run(command, capture_output=True, text=True)
+        made = subprocess.run(command, capture_output=True, text=True, env=cpu_mask.environment_without())
     except OSError as error:
         return f"no C++ compiler: {error}"
     if made.returncode != 0:

@@ -144,7 +144,7 @@ inline LevelRange level_range(const PackedWeight& w, int64_t first_tile, int64_t
 struct GroupStarts {
   int64_t blocks = 0;
   int32_t factor = 0;
-  bool pairs = false;  // twice, in 16 bits each
+  bool pairs = false;  // as two numbers of 16 bits whose sum it is
   int64_t rows = 0;    // of the whole product: [count, rows], next to each other for some rows
 
   int64_t count(const BlockLayout& layout) const { return (layout.blocks + blocks - 1) / blocks; }

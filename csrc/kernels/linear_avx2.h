@@ -58,41 +58,24 @@ struct LevelCodes {
 };
 
 // sums[r][16] += u * a over blocks, for R rows, in windows of `window` blocks.
-template <int R, bool kVnni, class Source>
-__attribute__((noinline)) void add_narrow(const Source& source, int64_t blocks, int64_t window,
-                                          const int8_t* a, int64_t stride, int32_t* sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
+template <int R, class Source>
+__attribute__((noinline)) void add_windows(const Source& source, int64_t blocks, int64_t window,
+                                           const int8_t* a, int64_t stride, int32_t* sums) {
+  const __m256i ones[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(1)};
   for (int64_t first = 0; first < blocks; first += window) {
-    __m256i d[R][2];
     const int64_t end = first + window < blocks ? first + window : blocks;
-    if constexpr (kVnni) {
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
-      add_blocks<R, kVnni, false>(source, first, end, a, stride, d);
-    } else {
-      const RowPointers rows(a + first * kBlockInputs, stride);
-      source.prefetch(first);
-      begin_sums<R>(source, first, 0, kSteps, rows, [](int) { return Nothing(); }, d);
-      add_blocks<R, kVnni, false>(source, first + 1, end, a, stride, d);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m256i first_half = kVnni ? d[r][0] : _mm256_madd_epi16(d[r][0], ones);
-      const __m256i second_half = kVnni ? d[r][1] : _mm256_madd_epi16(d[r][1], ones);
-      add_to(sums + r * kTileOutputs, first_half);
-      add_to(sums + r * kTileOutputs + 8, second_half);
-    }
+    add_window<R>(source, first, end, a, stride, ones, sums);
   }
 }
 
-// The same for 16-bit activations.
-template <int R, bool kVnni, class Source>
-__attribute__((noinline)) void add_wide(const Source& source, int64_t blocks, const int8_t* a,
-                                        int64_t stride, int32_t* sums) {
+// The same by sums in int32.
+template <int R, bool kVnni, bool kWide, class Source>
+__attribute__((noinline)) void add_all(const Source& source, int64_t blocks, const int8_t* a,
+                                       int64_t stride, int32_t* sums) {
   __m256i d[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) d[r][0] = d[r][1] = _mm256_setzero_si256();
-  add_blocks<R, kVnni, true>(source, 0, blocks, a, stride, d);
+  add_blocks<R, kVnni, kWide>(source, 0, blocks, a, stride, d);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     add_to(sums + r * kTileOutputs, d[r][0]);
@@ -107,7 +90,6 @@ struct Run {
   int64_t rows;
   int64_t block;
   int64_t blocks;
-  int64_t window;
   int32_t* sums;                            // [rows, 16]
   const GroupTable* multipliers = nullptr;  // of these blocks, where starts are given
   const LevelWindows* windows = nullptr;    // of the chunk
@@ -128,33 +110,42 @@ struct Run {
       int32_t* const target = sums + row * kTileOutputs;
       if (multipliers != nullptr) {
         const GroupRun groups = groups_of(row, stride);
+        if constexpr (!kVnni) {
+          if (p.wide == nullptr) {
+            add_group_windows<R>(source, groups, a, target);
+            continue;
+          }
+        }
         p.wide != nullptr ? add_groups<R, kVnni, true>(source, groups, a, target)
                           : add_groups<R, kVnni, false>(source, groups, a, target);
-        continue;
+      } else if (windows != nullptr) {
+        add_levels<R>(source, row, a, stride, target);
+      } else if (p.wide != nullptr) {
+        add_all<R, kVnni, true>(source, blocks, a, stride, target);
+      } else if constexpr (kVnni) {
+        add_all<R, true, false>(source, blocks, a, stride, target);
+      } else {
+        add_windows<R>(source, blocks, window_blocks(p.weight.layout.bits), a, stride, target);
       }
-      if (windows != nullptr) {
-        add_windows<R>(source, row, a, stride, target);
-        continue;
-      }
-      p.wide != nullptr ? add_wide<R, kVnni>(source, blocks, a, stride, target)
-                        : add_narrow<R, kVnni>(source, blocks, window, a, stride, target);
     }
   }
 
   template <int R, class Source>
-  void add_windows(const Source& source, int64_t row, const int8_t* a, int64_t stride,
-                   int32_t* target) const {
+  void add_levels(const Source& source, int64_t row, const int8_t* a, int64_t stride,
+                  int32_t* target) const {
     const int32_t* const starts =
         windows->starts.data() + row * windows->stride + block * windows->of_block();
     windows->steps == 4
-        ? add_levels<R, 4>(source, blocks, starts, windows->stride, a, stride, target)
-        : add_levels<R, 2>(source, blocks, starts, windows->stride, a, stride, target);
+        ? add_level_windows<R, 4>(source, blocks, starts, windows->stride, a, stride, target)
+        : add_level_windows<R, 2>(source, blocks, starts, windows->stride, a, stride, target);
   }
 
   GroupRun groups_of(int64_t row, int64_t stride) const {
     const GroupStarts& s = p.group_starts;
     const int32_t* const starts = p.starts + block / s.blocks * s.rows + first_row + row;
-    return {*multipliers, blocks, p.weight.multipliers.blocks, s.blocks, stride, starts, s.rows};
+    const GroupMultipliers& m = p.weight.multipliers;
+    const int64_t window = window_blocks(p.weight.layout.bits);
+    return {*multipliers, m.offset == nullptr, blocks, m.blocks, window, stride, starts, s.rows};
   }
 
   void from_panel(const uint8_t* panel) const {
@@ -189,12 +180,8 @@ void sum_group(const PackedProduct& p, const Codes& codes, const LevelWindows* w
                int64_t tile, int64_t g, int64_t first_row, int64_t rows, int32_t* sums) {
   const BlockLayout& layout = p.weight.layout;
   const int64_t block = g * layout.group_blocks, blocks = layout.blocks_of_group(g);
-  const int64_t window = p.tier == CpuTier::avx2_vnni ? kSegmentBlocks
-                         : layout.bits == 2           ? 4
-                         : layout.bits == 3           ? 2
-                                                      : 1;
   start_sums(p, g, first_row, rows, sums);
-  Run run{p, first_row, rows, block, blocks, window, sums, nullptr, windows};
+  Run run{p, first_row, rows, block, blocks, sums, nullptr, windows};
   if (rows <= 4) {
     codes.with_source(p.weight, tile, block, [&](const auto& source) { run.from_lines(source); });
     return;
@@ -226,7 +213,7 @@ void sum_span(const PackedProduct& p, const UniformCodes& codes, int64_t tile, i
   alignas(64) uint8_t panel[kSegmentBlocks * kSteps * kLine];
   for (int64_t block = first; block < end; block += step) {
     const int64_t blocks = end - block < step ? end - block : step;
-    Run run{p, first_row, rows, block, blocks, kSegmentBlocks, sums};
+    Run run{p, first_row, rows, block, blocks, sums};
     if (multiplies_sums) {
       table.fill(p, tile, block, blocks);
       run.multipliers = &table;

@@ -30,14 +30,12 @@ bool multiplies_weight(CpuTier tier, int64_t rows) {
 
 }  // namespace
 
-// A zero point of the last code, whose group has no weight above zero, is left out: starts of
-// windows (Note [int16 windows]) would reach 2^15 with it.
 int64_t multiplier_limit(int64_t bits, float zero_point) {
   const float last = max_code_of(bits);
-  if (!(zero_point >= 0 && zero_point < last) || zero_point != round_to_integer(zero_point))
+  if (!(zero_point >= 0 && zero_point <= last) || zero_point != round_to_integer(zero_point))
     return -1;
-  const auto zero = static_cast<int64_t>(zero_point);
-  return std::min(zero == 0 ? 127 : 128 / zero, 127 / (static_cast<int64_t>(last) - zero));
+  const auto below = static_cast<int64_t>(zero_point), above = static_cast<int64_t>(last) - below;
+  return std::min(below == 0 ? 127 : 128 / below, above == 0 ? 127 : 127 / above);
 }
 
 bool find_multipliers(const GroupScales& row, float& unit, uint8_t* multipliers) {
@@ -58,13 +56,9 @@ bool find_multipliers(const GroupScales& row, float& unit, uint8_t* multipliers)
 GroupStarts group_starts(const PackedWeight& weight, CpuTier tier, bool wide, int64_t rows) {
   const GroupMultipliers& m = weight.multipliers;
   if (m.values == nullptr || tier == CpuTier::scalar) return {};
-  const int32_t factor = m.offset == nullptr ? -weight.origin : -1;
-  if (!wide && (tier == CpuTier::avx2 || tier == CpuTier::avx512)) {
-    int64_t window = weight.layout.bits == 2 ? 4 : weight.layout.bits == 3 ? 2 : 1;
-    while (m.blocks % window != 0) window /= 2;
-    return {window, m.offset == nullptr ? factor / 2 : factor, true, rows};
-  }
+  if (!wide && (tier == CpuTier::avx2 || tier == CpuTier::avx512)) return {m.blocks, 1, true, rows};
   if (multiplies_weight(tier, rows)) return {};
+  const int32_t factor = m.offset == nullptr ? -weight.origin : -1;
   return {m.blocks, factor, false, rows};
 }
 

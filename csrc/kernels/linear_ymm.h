@@ -181,5 +181,28 @@ inline __attribute__((always_inline)) void add_blocks(const Source& source, int6
   }
 }
 
+// The longest window of uniform codes whose sums fit in int16, in blocks: Note [int16 windows].
+inline int64_t window_blocks(int64_t bits) { return bits == 2 ? 4 : bits == 3 ? 2 : 1; }
+
+// sums[r][16] += by * u * a over the blocks [first, end) of one window, for R rows: both 16 bits of
+// by[h] are the same.
+template <int R, class Source>
+inline __attribute__((always_inline)) void add_window(const Source& source, int64_t first,
+                                                      int64_t end, const int8_t* a, int64_t stride,
+                                                      const __m256i (&by)[2], int32_t* sums) {
+  __m256i d[R][2];
+  const RowPointers rows(a + first * kBlockInputs, stride);
+  source.prefetch(first);
+  begin_sums<R>(source, first, 0, kSteps, rows, [](int) { return Nothing(); }, d);
+  add_blocks<R, false, false>(source, first + 1, end, a, stride, d);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const __m256i first_half = _mm256_madd_epi16(d[r][0], by[0]);
+    const __m256i second_half = _mm256_madd_epi16(d[r][1], by[1]);
+    add_to(sums + r * kTileOutputs, first_half);
+    add_to(sums + r * kTileOutputs + 8, second_half);
+  }
+}
+
 }  // namespace
 }  // namespace torchquant

@@ -128,9 +128,9 @@ inline __attribute__((always_inline)) void add_widened(int32_t* sums, __m256i pa
 
 // sums[r][16] += level * a over blocks, for R rows, in windows of kWindow steps.
 template <int R, int kWindow, class Source>
-__attribute__((noinline)) void add_levels(const Source& source, int64_t blocks,
-                                          const int32_t* starts, int64_t starts_stride,
-                                          const int8_t* a, int64_t stride, int32_t* sums) {
+__attribute__((noinline)) void add_level_windows(const Source& source, int64_t blocks,
+                                                 const int32_t* starts, int64_t starts_stride,
+                                                 const int8_t* a, int64_t stride, int32_t* sums) {
   constexpr bool kInRegisters = R <= 2;  // sums of all windows
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i all[R][2];

@@ -22,9 +22,9 @@ void sum_groups(const QuantizeRows& q, int64_t row, const To* __restrict__ a) {
   int32_t* to = q.starts + row;
   for (int64_t first = 0; first < depth; first += size, to += starts.rows) {
     const int64_t end = first + size < depth ? first + size : depth;
-    const int32_t sum = sum_of(a + first, end - first) * starts.factor;
-    *to =
-        starts.pairs ? static_cast<int32_t>((static_cast<uint32_t>(sum) & 0xffff) * 0x10001) : sum;
+    const int32_t sum = sum_of(a + first, end - first) * starts.factor, half = sum >> 1;
+    const auto rest = static_cast<uint32_t>(sum - half);
+    *to = starts.pairs ? static_cast<int32_t>((half & 0xffff) | rest << 16) : sum;
   }
 }
 

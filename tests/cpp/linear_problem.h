@@ -251,7 +251,7 @@ class LinearProblem {
     multipliers_ = Guarded<uint8_t>(groups * stride);
     offset_ = Guarded<float>(c_.kind == Kind::multiplied_offset ? groups * stride : 0);
     for (int64_t i = 0; i < groups * stride; ++i) {
-      const int64_t zero = offset_.size() == 0 ? origin : engine_() % (2 * origin - 1);
+      const int64_t zero = offset_.size() == 0 ? origin : engine_() % (2 * origin);
       const int64_t limit = multiplier_limit(c_.bits, static_cast<float>(zero));
       if (offset_.size() > 0) offset_[i] = static_cast<float>(origin - zero);
       multipliers_[i] = static_cast<uint8_t>(engine_() % 2 == 0 ? limit : engine_() % (limit + 1));

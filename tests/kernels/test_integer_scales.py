@@ -73,7 +73,16 @@ def test_groups_of_zeros_do_not_matter():
     assert (moved[5] == 1).all()
 
 
-@pytest.mark.parametrize("zero", [-1.0, 7.5, 15.0, 20.0])
+@pytest.mark.parametrize("zero", [0.0, 15.0])
+def test_a_zero_point_may_be_the_first_or_the_last_code(zero):
+    codes = torch.randint(0, 16, (20, 64), dtype=torch.uint8, generator=random(4))
+    scale, zero_point = torch.rand(20, 2, generator=random(5)) + 0.1, torch.full((20, 2), 8.0)
+    zero_point[7, 1] = zero
+    moved = integer_group_scales(codes, scale, zero_point, bits=4, group_size=32)
+    assert is_recognized(codes, moved, zero_point, 4, 32)
+
+
+@pytest.mark.parametrize("zero", [-1.0, 7.5, 20.0])
 def test_zero_points_that_leave_no_multiplier_keep_the_scales(zero):
     codes, scale = torch.ones(20, 64, dtype=torch.uint8), torch.rand(20, 2, generator=random(5)) + 0.1
     zero_point = torch.full((20, 2), 8.0)
