@@ -71,11 +71,18 @@ def run_cases(names: Sequence[str], options: argparse.Namespace, threads: int) -
     return results
 
 
+def section_of(table: str, options: argparse.Namespace) -> str:
+    return f"{table} {options.cpu}" if options.cpu else table
+
+
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options.cpu and not cpu_mask.is_on(options.cpu):
         cpu_mask.start_again(options.cpu, arguments)
     threads, chosen = options.threads or 1, options.case or CHOICES
+    tables = [table for table, cases in TABLES.items() if set(cases) & set(chosen)]
+    for name in [*tables, *(set(SECTIONS) & set(chosen))] if options.write else []:
+        report.split_at_section(options.write, section_of(name, options))
     torch.set_num_threads(threads)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     facts = machine(threads)
@@ -89,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
             results += made
             facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
             if options.write:
-                report.insert_section(options.write, table, report.markdown(made, facts, command))
+                report.insert_section(options.write, section_of(table, options), report.markdown(made, facts, command))
     for name in [name for name in chosen if name in SECTIONS]:
         begin = time.perf_counter()
         shapes = [shape for shape in options.shape or () if len(shape) == 3]
@@ -97,7 +104,9 @@ def main(arguments: Sequence[str]) -> int:
         results += made
         facts["whole run"] = f"{time.perf_counter() - begin:.0f} s"
         if options.write and text:
-            report.insert_section(options.write, name, f"{report.preamble(facts, command)}\n{text}")
+            report.insert_section(
+                options.write, section_of(name, options), f"{report.preamble(facts, command)}\n{text}"
+            )
     if options.json:
         report.write_json(options.json, results, facts, command)
     return 0

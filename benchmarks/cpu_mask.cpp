@@ -22,7 +22,8 @@ constexpr Features kAvx512[] = {
     {7, 1, 0x00000020, 0, 0, 0x00080000},           // BF16; AVX10
 };
 constexpr Features kAvx512Vnni[] = {{7, 0, 0, 0, 0x00000800, 0}};
-constexpr Features kAvxVnni[] = {{7, 1, 0x00800010, 0, 0, 0x00000430}};  // IFMA; INT8, CONVERT, INT16
+constexpr Features kAvxVnni[] = {
+    {7, 1, 0x00800010, 0, 0, 0x00000430}};  // IFMA; INT8, CONVERT, INT16
 constexpr Features kAmx[] = {{7, 0, 0, 0, 0, 0x03400000}, {7, 1, 0x00200000, 0, 0, 0x00000100}};
 
 bool hides_avx512, hides_avx512_vnni, hides_avx_vnni;  // AMX is always hidden

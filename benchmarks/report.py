@@ -41,14 +41,20 @@ def markdown(results: list[Result], facts: dict[str, str], command: str) -> str:
     return "\n".join([preamble(facts, command), HEADER, rule, *(line(result) for result in results)])
 
 
-def insert_section(path: Path, name: str, text: str) -> None:
-    """Puts text between the section's markers in the file."""
+def split_at_section(path: Path, name: str) -> tuple[str, str]:
+    """What the file has up to the section's first marker, and from its last one on."""
     first, last = (marker.format(name) for marker in SECTION)
     before, begin, rest = path.read_text().partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
         raise ValueError(f"{path}: needs the lines {first!r} and {last!r}")
-    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
+    return before + begin, end + after
+
+
+def insert_section(path: Path, name: str, text: str) -> None:
+    """Puts text between the section's markers in the file."""
+    before, after = split_at_section(path, name)
+    path.write_text(f"{before}\n{text}\n{after}")
 
 
 def write_json(path: Path, results: list[Result], facts: dict[str, str], command: str) -> None:

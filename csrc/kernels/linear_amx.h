@@ -15,9 +15,14 @@ constexpr int64_t kRowsAtOnce = 256;  // their sums stay in L2
 constexpr int64_t kMostRowBlocks = kRowsAtOnce / (2 * kTileRows) + 1;
 constexpr int64_t kPanelBlocks = 16;                         // 512 inputs of two tiles: 16 KB
 constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
+constexpr int64_t kPanelPairs = kPanelBlocks / 2;            // of blocks: each a tile of weights
+constexpr int64_t kPairsAhead = 2;
 constexpr int64_t kBlocksBehind = 8;
 constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
+
+// Ahead of tile loads, whose assembly in g++ 12 does not say so: stores could be left for later.
+inline __attribute__((always_inline)) void memory_is_read() { asm volatile("" ::: "memory"); }
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1;
@@ -33,6 +38,7 @@ inline void set_tile_shapes(int64_t rows) {
     shapes.bytes[i] = kLine;
     shapes.rows[i] = static_cast<uint8_t>(i < 6 && rows < kTileRows ? rows : kTileRows);
   }
+  memory_is_read();
   _tile_loadconfig(&shapes);
 }
 
@@ -91,6 +97,7 @@ struct TileProduct {
   template <int kSums = 0>
   static inline __attribute__((always_inline)) void add(const int8_t* a, int64_t stride,
                                                         const uint8_t* u) {
+    memory_is_read();
     _tile_loadd(6, u, kLine);
     if constexpr (T == 2) _tile_loadd(7, u + kPanelBytes, kLine);
     if constexpr (R == 2 || kSums == 0) {
@@ -112,6 +119,7 @@ struct TileProduct {
       return;
     }
     int32_t* const second = sums + kTileRows * kSumStride;
+    memory_is_read();
     _tile_loadd(0, sums, kSumStride * 4);
     _tile_loadd(1, sums + kTileOutputs, kSumStride * 4);
     _tile_loadd(2, second, kSumStride * 4);
@@ -126,7 +134,6 @@ struct TileProduct {
     _tile_stored(3, second + kTileOutputs, kSumStride * 4);
   }
 
-  // The last of an odd number of blocks has zeros behind it, whatever the panel holds there.
   void run(const int8_t* a, int64_t rows, bool from_zero) const {
     load_sums(from_zero);
     int64_t b = 0;
@@ -135,16 +142,33 @@ struct TileProduct {
       add<1>(a + (b + 2) * kBlockInputs, depth, panel + (b + 2) * kBlockBytes);
     }
     for (; b + 2 <= blocks; b += 2) add(a + b * kBlockInputs, depth, panel + b * kBlockBytes);
-    if (b < blocks) {
-      alignas(64) int8_t last[R * kTileRows * kLine];
-      for (int64_t r = 0; r < rows; ++r) {
-        const int8_t* const from = a + r * depth + b * kBlockInputs;
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        _mm512_store_si512(last + r * kLine, _mm512_zextsi256_si512(half));
-      }
-      add(last, kLine, panel + b * kBlockBytes);
-    }
+    if (b < blocks) add_last(a + b * kBlockInputs, rows, panel + b * kBlockBytes);
     store_sums();
+  }
+
+  // From zero, where next() gives one pair of blocks after another.
+  template <class Next>
+  void run_pairs(const int8_t* a, int64_t rows, const Next& next) const {
+    load_sums(true);
+    const int64_t whole = blocks / 2;
+    int64_t i = 0;
+    for (; R == 1 && i + 2 <= whole; i += 2) {
+      add<0>(a + i * kLine, depth, next());
+      add<1>(a + (i + 1) * kLine, depth, next());
+    }
+    for (; i < whole; ++i) add(a + i * kLine, depth, next());
+    if (2 * whole < blocks) add_last(a + whole * kLine, rows, next());
+    store_sums();
+  }
+
+  // A block without a second one: it has zeros behind it, whatever the panel holds there.
+  void add_last(const int8_t* a, int64_t rows, const uint8_t* u) const {
+    alignas(64) int8_t last[R * kTileRows * kLine];
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* const from = reinterpret_cast<const __m256i*>(a + r * depth);
+      _mm512_store_si512(last + r * kLine, _mm512_zextsi256_si512(_mm256_loadu_si256(from)));
+    }
+    add(last, kLine, u);
   }
 };
 
@@ -153,10 +177,14 @@ class AmxSums {
  protected:
   AmxSums(const PackedProduct& p, Activations a) : p_(p), w_(p.weight), a_(a) {}
 
+  // From the sums in `place`.
   template <int T>
-  void finish_rows(int64_t i, int64_t g) {
-    if (row_blocks_[i].tiles != 2 || a_.lower != nullptr) return finish<T, Anything>(i, g);
-    with_plain(p_, [&](auto what) { finish<T, decltype(what)>(i, g); });
+  void finish_rows(int64_t i, int64_t g, int64_t place) {
+    if (a_.lower != nullptr) return finish<0, T, Anything>(i, g, place);
+    with_plain(p_, [&](auto what) {
+      using What = decltype(what);
+      row_blocks_[i].tiles == 2 ? finish<2, T, What>(i, g, place) : finish<1, T, What>(i, g, place);
+    });
   }
 
   static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
@@ -165,20 +193,19 @@ class AmxSums {
     return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
   }
 
-  // Rows of a block whose sums are there.
-  template <int T, class What>
-  void finish(int64_t i, int64_t g) {
-    constexpr bool kAny = !What::kPlain;
+  // Rows of a block whose sums are there: of R tiles, or (0) of 16-bit activations.
+  template <int R, int T, class What>
+  void finish(int64_t i, int64_t g, int64_t place) {
     const RowBlock rows = row_blocks_[i];
-    const int64_t tiles = kAny ? rows.tiles : 2;
+    const int64_t tiles = R == 0 ? rows.tiles : R;
     PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
     What::know(p);
     const bool last_group = g + 1 == p.weight.layout.groups;
     const bool activates = p.epilogue != Epilogue::none;
-    const bool wide = kAny && a_.lower != nullptr;
+    const bool wide = R == 0;
     const int64_t whole = rows.first + tiles * kTileRows, end = whole < rows_ ? whole : rows_;
     const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
-    const int32_t* sums = sums_ + i * kBlockSums + (rows.fresh - rows.first) * kSumStride;
+    const int32_t* sums = sums_ + place * kBlockSums + (rows.fresh - rows.first) * kSumStride;
     const int32_t* lower = lower_sums_ + (sums - sums_);
     constexpr int64_t kStride = T * kTileOutputs;
     float* const first = values_ + rows.fresh * kStride;
@@ -246,6 +273,70 @@ class AmxProduct : AmxSums {
  private:
   template <int T>
   void run_tiles() {
+    if (row_block_count_ > 1 || a_.lower != nullptr) return run_panels<T>();
+    row_blocks_[0].tiles == 2 ? run_block<2, T>() : run_block<1, T>();
+  }
+
+  // One block of rows: codes are unpacked between its products, some pairs of blocks ahead. Sums
+  // lie in two places in turn, as they are read a group later: they are not forwarded from stores
+  // of tiles.
+  template <int R, int T>
+  void run_block() {
+    const BlockLayout& layout = w_.layout;
+    const int64_t depth = layout.blocks * kBlockInputs;
+    const int64_t height = rows_ < kTileRows ? rows_ : R * kTileRows;
+    PairsAhead<T> pairs(w_, tile_, panel_);
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      const int64_t first = g * layout.group_blocks;
+      const int8_t* const a = a_.upper + row_ * depth + first * kBlockInputs;
+      int32_t* const sums = sums_ + g % 2 * kBlockSums;
+      const TileProduct<R, T, true> product{panel_, layout.blocks_of_group(g), depth, sums};
+      product.run_pairs(a, height, [&]() __attribute__((always_inline)) { return pairs.next(); });
+      if (g > 0) finish_rows<T>(0, g - 1, (g - 1) % 2);
+    }
+    finish_rows<T>(0, layout.groups - 1, (layout.groups - 1) % 2);
+  }
+
+  // Unpacks pairs of blocks of each group one after another, around the panel.
+  template <int T>
+  class PairsAhead {
+   public:
+    PairsAhead(const PackedWeight& w, int64_t tile, uint8_t* panel)
+        : w_(w), tile_(tile), panel_(panel), formats_{{w, tile}, {w, tile + T - 1}} {
+      for (int64_t i = 0; i < kPairsAhead; ++i) unpack();
+    }
+
+    inline __attribute__((always_inline)) const uint8_t* next() {
+      unpack();
+      return place_of(used_++);
+    }
+
+   private:
+    uint8_t* place_of(int64_t pair) const { return panel_ + pair % kPanelPairs * 2 * kBlockBytes; }
+
+    void unpack() {
+      const int64_t left = w_.layout.blocks_of_group(group_) - block_;
+      if (left <= 0) return;  // behind the last group
+      const PanelBlocks blocks{group_ * w_.layout.group_blocks + block_, left < 2 ? left : 2,
+                               kPanelBlocks};
+      uint8_t* const to = place_of(unpacked_++);
+      for (int t = 0; t < T; ++t)
+        unpack_blocks(formats_[t], w_, tile_ + t, blocks, to + t * kPanelBytes);
+      block_ += 2;
+      if (left > 2 || group_ + 1 == w_.layout.groups) return;
+      block_ = 0;
+      ++group_;
+    }
+
+    const PackedWeight& w_;
+    const int64_t tile_;
+    uint8_t* const panel_;
+    const Format formats_[2];
+    int64_t group_ = 0, block_ = 0, unpacked_ = 0, used_ = 0;
+  };
+
+  template <int T>
+  void run_panels() {
     const BlockLayout& layout = w_.layout;
     const Format formats[2] = {{w_, tile_}, {w_, tile_ + T - 1}};
     for (int64_t g = 0; g < layout.groups; ++g) {
@@ -260,7 +351,7 @@ class AmxProduct : AmxSums {
         const int64_t behind = blocks < kBlocksBehind ? kBlocksBehind / blocks : 1;
         for (int64_t i = 0; i < row_block_count_ + (whole ? behind : 0); ++i) {
           if (i < row_block_count_) multiply<T>(i, block, blocks, block == first);
-          if (whole && i >= behind) finish_rows<T>(i - behind, g);
+          if (whole && i >= behind) finish_rows<T>(i - behind, g, i - behind);
         }
       }
     }

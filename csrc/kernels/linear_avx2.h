@@ -108,23 +108,18 @@ struct Run {
     for (; row + R <= rows; row += R) {
       const int8_t* const a = all + (first_row + row) * stride + block * kBlockInputs * size;
       int32_t* const target = sums + row * kTileOutputs;
-      if (multipliers != nullptr) {
+      if (Source::kUniform && multipliers != nullptr) {
         const GroupRun groups = groups_of(row, stride);
-        if constexpr (!kVnni) {
-          if (p.wide == nullptr) {
-            add_group_windows<R>(source, groups, a, target);
-            continue;
-          }
-        }
         p.wide != nullptr ? add_groups<R, kVnni, true>(source, groups, a, target)
-                          : add_groups<R, kVnni, false>(source, groups, a, target);
-      } else if (windows != nullptr) {
-        add_levels<R>(source, row, a, stride, target);
+        : kVnni           ? add_groups<R, kVnni, false>(source, groups, a, target)
+                          : add_group_windows<R>(source, groups, a, target);
       } else if (p.wide != nullptr) {
         add_all<R, kVnni, true>(source, blocks, a, stride, target);
-      } else if constexpr (kVnni) {
+      } else if (kVnni) {
         add_all<R, true, false>(source, blocks, a, stride, target);
-      } else {
+      } else if (Source::kLevels && windows != nullptr) {
+        add_levels<R>(source, row, a, stride, target);
+      } else if (Source::kUniform) {
         add_windows<R>(source, blocks, window_blocks(p.weight.layout.bits), a, stride, target);
       }
     }

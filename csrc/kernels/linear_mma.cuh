@@ -3,13 +3,6 @@
 // Lane 4 * g + c of a warp holds of a tile the outputs 2 * g and 2 * g + 1, of each block the
 // inputs 8 * c to 8 * c + 7, and of the rows row g: weights and rows are read as they lie (Note
 // [weight tiles] of linear.h), 8 bytes of a line and 8 inputs of a row by one load.
-//
-// Note [shares of a matrix product]: a warp takes `tiles` tiles and 8 * tokens rows over one of
-// `parts` parts of the inputs. A thread block holds the parts of `block_tiles` such shares, which
-// meet in shared memory at the end, where parts are added in their order. Integers of several
-// groups become floats group after group, as on the CPU: there parts take whole groups in turn, and
-// meet after every turn. Every share reads its rows from L2: of many rows that is what takes the
-// time.
 #pragma once
 #include <algorithm>
 #include <csrc/kernels/linear_mma_rows.cuh>
@@ -17,10 +10,6 @@
 
 namespace torchquant {
 namespace {
-
-// Of a thread block; twice as many fit on an SM, with few sums for each lane.
-constexpr int kMostWarps = 8, kBlockWarps = 4;
-constexpr int blocks_of_sm(int tokens) { return tokens < 4 ? 2 : 1; }
 
 __device__ inline float value_at(const TypedArray& array, int64_t i) {
   if (array.type == UnpackType::float32) return static_cast<const float*>(array.data)[i];
@@ -56,16 +45,6 @@ __device__ inline void finish_output(const MatrixProduct& m, int64_t row, int64_
   p.codes[at] =
       static_cast<uint8_t>(to_code(y, p.code_scale[output], p.code_zero_point[output], p.max_code));
 }
-
-// Whether groups are to be added in their order, and parts take turns over them for that.
-__host__ __device__ inline bool in_order(const MatrixProduct& m) {
-  return m.x.type == UnpackType::bytes && m.product.weight.layout.groups > 1;
-}
-__host__ __device__ inline bool in_turns(const MatrixProduct& m) {
-  return in_order(m) && m.parts > 1;
-}
-
-constexpr int kShareBlocks = 4;  // a part of the inputs is so many blocks, or a multiple
 
 // One warp's share. Blocks are multiplied in steps: of kStep blocks where these lie in one group,
 // else of one. Codes are loaded a ring of steps ahead, rows a batch of blocks.
@@ -340,41 +319,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, blocks_of_sm(kTokens))
                                         int64_t{blockIdx.x % chunks} * kRows);
   own.multiply();
   own.finish_all();
-}
-
-int64_t chunks_of(const MatrixProduct& m) {
-  const int64_t rows = m.tokens * kRowsAtOnce;
-  return (m.product.rows + rows - 1) / rows;
-}
-
-// Whether a warp can take two tiles: for want of registers one is faster elsewhere.
-constexpr bool takes_two_tiles(int tokens, bool two_lines_of_codes) {
-  return tokens == 1 || (tokens == 4 && !two_lines_of_codes);
-}
-
-// Limits found by timing shares of many products on an H200 (132 SMs).
-MatrixProduct in_shares(MatrixProduct m) {
-  constexpr int64_t kManyTiles = 512, kLeastBlocks = 16;  // of a part
-  constexpr int64_t kShares = 3600, kFewShares = 1500;    // warps in all
-  const PackedProduct& p = m.product;
-  const BlockLayout& layout = p.weight.layout;
-  const int64_t tiles = p.last_tile - p.first_tile;
-  m.tokens = p.rows <= kRowsAtOnce ? 1 : p.rows <= 2 * kRowsAtOnce ? 2 : 4;
-  const bool two_lines = layout.bits == 3 || layout.bits == 8;
-  const bool two_tiles = takes_two_tiles(m.tokens, two_lines) && tiles * chunks_of(m) >= kManyTiles;
-  m.tiles = two_tiles ? 2 : 1;
-  const int64_t shares = (tiles + m.tiles - 1) / m.tiles * chunks_of(m);
-  m.parts = 1;
-  if (in_order(m)) {
-    while (m.parts < kMostWarps && shares * m.parts < kFewShares) m.parts *= 2;
-    if (m.parts > 1) m.parts = std::max(m.parts, m.tokens * m.tiles);  // each adds up a fragment
-  } else {
-    while (m.parts < kMostWarps && shares * m.parts < (m.parts < 4 ? kShares : kFewShares) &&
-           layout.blocks >= 2 * m.parts * kLeastBlocks)
-      m.parts *= 2;
-  }
-  m.block_tiles = std::max(1, kBlockWarps / m.parts);
-  return m;
 }
 
 template <class X, class F, int kTokens, int kTiles>

@@ -1,15 +1,13 @@
 // What a lane of linear_mma.cuh makes of a weight's codes and of its rows, by their types.
 #pragma once
 #include <csrc/kernels/linear_float.h>
-#include <csrc/kernels/linear_mma.h>
+#include <csrc/kernels/linear_mma_shares.h>
 
 #include <csrc/core/mma.cuh>
 #include <csrc/kernels/linear_words.cuh>
 
 namespace torchquant {
 namespace {
-
-constexpr int kRowsAtOnce = 8;
 
 // The codes of a lane as bytes u, four inputs in a word: of outputs 2 * g and 2 * g + 1, two words.
 enum class CodeKind { plain, offset, levels };

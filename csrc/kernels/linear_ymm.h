@@ -26,9 +26,9 @@ inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i u,
     asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(u), "x"(a));
   }
 }
-// The first product of a sum in int16, from `start` on or (Nothing) from zero.
-struct Nothing {};
-inline __attribute__((always_inline)) __m256i first_products(Nothing, __m256i u, __m256i a) {
+// The first product of a sum in int16, from `start` on or from zero.
+struct Zero {};
+inline __attribute__((always_inline)) __m256i first_products(Zero, __m256i u, __m256i a) {
   __m256i sum;
   asm("vpmaddubsw %2, %1, %0" : "=x"(sum) : "x"(u), "x"(a));
   return sum;
@@ -82,7 +82,9 @@ inline __attribute__((always_inline)) __m256i half_step(const uint8_t* lines, in
   return u;
 }
 
+// Where codes come from, and whether these can be uniform ones of at most four bits, or levels.
 struct PanelSteps {
+  static constexpr bool kUniform = true, kLevels = true;
   const uint8_t* panel;
   inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
     return load(panel + (block * kSteps + step) * kLine + 32 * h);
@@ -92,6 +94,7 @@ struct PanelSteps {
 
 template <int kBits>
 struct PackedSteps {
+  static constexpr bool kUniform = kBits <= 4, kLevels = false;
   const uint8_t* lines;
   inline __attribute__((always_inline)) __m256i operator()(int64_t block, int step, int h) const {
     return half_step<kBits>(lines + block * kBits * kLine, step, h);
@@ -120,31 +123,73 @@ struct RowPointers {
   int64_t stride;
 };
 
-// d[r][h] = start(r) + u * a over steps of one block, in int16.
-template <int R, class Source, class Start>
-inline __attribute__((always_inline)) void begin_sums(const Source& source, int64_t block,
-                                                      int first, int end, const RowPointers& rows,
-                                                      const Start& start, __m256i (&d)[R][2]) {
+// With what the sums of some steps begin.
+struct SumsBefore {
+  static constexpr bool kBegins = false;
+};
+struct FromZero {
+  static constexpr bool kBegins = true;
+  Zero operator()(int) const { return {}; }
+};
+struct FromStarts {  // of a window, for each row
+  static constexpr bool kBegins = true;
+  inline __attribute__((always_inline)) __m256i operator()(int r) const {
+    return _mm256_set1_epi32(first[r * stride]);
+  }
+
+  const int32_t* first;
+  int64_t stride;
+};
+
+// d[r][h] = begin(r) + u * a over steps [first, end) of one block, for R rows and both halves of
+// the outputs: in int16, or with kVnni in int32.
+template <int R, bool kVnni, class Source, class Begin>
+inline __attribute__((always_inline)) void add_steps(const Source& source, int64_t block, int first,
+                                                     int end, const RowPointers& rows,
+                                                     const Begin& begin, __m256i (&d)[R][2]) {
 #pragma GCC unroll 8
   for (int step = first; step < end; ++step) {
     const __m256i u0 = source(block, step, 0), u1 = source(block, step, 1);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m256i four = broadcast4(rows.at(r) + 4 * step);
-      if (step == first) {
-        const auto from = start(r);
-        d[r][0] = first_products(from, u0, four);
-        d[r][1] = first_products(from, u1, four);
-      } else {
-        add_products<false>(d[r][0], u0, four);
-        add_products<false>(d[r][1], u1, four);
+      if constexpr (Begin::kBegins) {
+        if (step == first) {
+          const auto start = begin(r);
+          d[r][0] = first_products(start, u0, four);
+          d[r][1] = first_products(start, u1, four);
+          continue;
+        }
+      }
+      add_products<kVnni>(d[r][0], u0, four);
+      add_products<kVnni>(d[r][1], u1, four);
+    }
+  }
+}
+
+// The same for 16-bit activations (inputs 0 2 1 3 of every four), in int32.
+template <int R, bool kVnni, class Source>
+inline __attribute__((always_inline)) void add_wide_steps(const Source& source, int64_t block,
+                                                          const int8_t* a, int64_t stride,
+                                                          __m256i (&d)[R][2]) {
+  const __m256i low = _mm256_set1_epi16(0xff);
+#pragma GCC unroll 8
+  for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m256i u = source(block, step, h);
+      const __m256i even = _mm256_and_si256(u, low), odd = _mm256_srli_epi16(u, 8);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const int8_t* const four = a + r * stride + 8 * step;
+        add_pairs<kVnni>(d[r][h], even, four);
+        add_pairs<kVnni>(d[r][h], odd, four + 4);
       }
     }
   }
 }
 
-// d[r][h] += u * a over blocks [first, end), for R rows and both halves of the outputs: to int16,
-// or with kVnni or kWide (16-bit activations, inputs 0 2 1 3 of every four) to int32.
+// d[r][h] += u * a over blocks [first, end).
 template <int R, bool kVnni, bool kWide, class Source>
 inline __attribute__((always_inline)) void add_blocks(const Source& source, int64_t first,
                                                       int64_t end, const int8_t* a, int64_t stride,
@@ -152,31 +197,10 @@ inline __attribute__((always_inline)) void add_blocks(const Source& source, int6
   for (int64_t b = first; b < end; ++b) {
     source.prefetch(b);
     const int8_t* const x = a + b * kBlockInputs * (kWide ? 2 : 1);
-    const RowPointers x_rows(x, stride);
-#pragma GCC unroll 8
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kWide) {
-        const __m256i low = _mm256_set1_epi16(0xff);
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          const __m256i u = source(b, step, h);
-          const __m256i even = _mm256_and_si256(u, low), odd = _mm256_srli_epi16(u, 8);
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            const int8_t* const four = x + r * stride + 8 * step;
-            add_pairs<kVnni>(d[r][h], even, four);
-            add_pairs<kVnni>(d[r][h], odd, four + 4);
-          }
-        }
-      } else {
-        const __m256i u0 = source(b, step, 0), u1 = source(b, step, 1);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          const __m256i four = broadcast4(x_rows.at(r) + 4 * step);
-          add_products<kVnni>(d[r][0], u0, four);
-          add_products<kVnni>(d[r][1], u1, four);
-        }
-      }
+    if constexpr (kWide) {
+      add_wide_steps<R, kVnni>(source, b, x, stride, d);
+    } else {
+      add_steps<R, kVnni>(source, b, 0, kSteps, RowPointers(x, stride), SumsBefore(), d);
     }
   }
 }
@@ -193,7 +217,7 @@ inline __attribute__((always_inline)) void add_window(const Source& source, int6
   __m256i d[R][2];
   const RowPointers rows(a + first * kBlockInputs, stride);
   source.prefetch(first);
-  begin_sums<R>(source, first, 0, kSteps, rows, [](int) { return Nothing(); }, d);
+  add_steps<R, false>(source, first, 0, kSteps, rows, FromZero(), d);
   add_blocks<R, false, false>(source, first + 1, end, a, stride, d);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {

@@ -56,6 +56,7 @@ struct SharedLevels {
 
 template <class Tables>
 struct LevelSteps {
+  static constexpr bool kUniform = false, kLevels = true;
   const PackedSteps<4> codes;
   const Tables& tables;
 
@@ -142,9 +143,8 @@ __attribute__((noinline)) void add_level_windows(const Source& source, int64_t b
 #pragma GCC unroll 4
     for (int first = 0; first < kSteps; first += kWindow, ++starts) {
       __m256i d[R][2];
-      begin_sums<R>(
-          source, b, first, first + kWindow, rows,
-          [&](int r) { return _mm256_set1_epi32(starts[r * starts_stride]); }, d);
+      add_steps<R, false>(source, b, first, first + kWindow, rows,
+                          FromStarts{starts, starts_stride}, d);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
