@@ -13,7 +13,7 @@ from torch import Tensor
 from torchquant import _C, dequantize, kernels, rtn_quantize
 
 from . import probe, race
-from .harness import Result, Run, check
+from .harness import CheckFailed, Result, Run, check
 from .layers import make_weight
 from .linear_peers import FLOAT32, PEERS, Unavailable
 from .race import Outcome, Race, Runner
@@ -157,7 +157,7 @@ def races(shape: GemmShape, threads: int) -> Iterator[Race]:
     for name in PEERS:
         try:
             runners.append(peer_runner(x, weight, name))
-        except Unavailable as reason:
+        except (Unavailable, CheckFailed) as reason:
             absent[name] = str(reason)
     runners += [Runner(p.name, p.run, "floor", p.amount, p.unit, registers=p.registers) for p in probe.peaks(four_bit)]
     label, operations = "x".join(map(str, shape)), 2.0 * shape[0] * shape[1] * shape[2]

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant
-from torchquant import Activations
+from torchquant import _C, Activations
 from torchquant.demo.case import seeded
 from torchquant.demo.digits_vit import Attention
 from torchquant.nn import QuantizedLayer, swap_modules
 
 from . import race
-from .harness import Result, Run, check
+from .harness import CheckFailed, Result, Run, check
 from .linear_peers import FLOAT32, Unavailable, bound, dynamic_int8, onnx_modules, quiet, session
 from .race import Outcome, Race, Runner
 
@@ -27,7 +27,7 @@ BATCHES = (1, 8)
 THREADS = (1, 2)
 OPSET = 17
 LAST, SCRIPTED = ", channels last", ", TorchScript"
-OUTPUT_ERROR = {"float32": 1e-4, "float": 0.05, "int8": 0.2, "4 bit": 0.5}  # of peers, relative to the float network
+OUTPUT_ERROR = {"float32": 1e-4, "float": 0.05, "int8": 0.3, "4 bit": 0.5}  # of peers, relative to the float network
 SAME_ERROR = 0.05  # of ours, relative to float layers of the same weights and inputs: codes of inputs may flip
 CALIBRATION_CROPS = 1  # of each of ten pictures
 MAX_TOKENS = 1000  # of a layer: speed does not depend on them
@@ -228,14 +228,20 @@ def onnx_float32(network: Network, folder: Path) -> Candidate:
     return onnx_candidate(exported(network, folder))
 
 
+def saturates() -> bool:
+    """Whether ONNX Runtime's products of 8-bit weights leave int16 on this CPU: it advises weights of 7 bits there."""
+    return _C.cpu_tier() in ("avx2", "avx512")
+
+
 def onnx_dynamic(network: Network, folder: Path) -> Candidate:
     file, made = exported(network, folder), folder / "dynamic.onnx"
     with quiet():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(
-            file, made, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
-        )
+            file, made, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],
+            reduce_range=saturates(),
+        )  # fmt: skip
     return onnx_candidate(made)
 
 
@@ -255,7 +261,7 @@ def onnx_static(network: Network, folder: Path) -> Candidate:
 
         quantization.quantize_static(
             file, made, Reader(), per_channel=True, weight_type=quantization.QuantType.QInt8,
-            activation_type=quantization.QuantType.QUInt8,
+            activation_type=quantization.QuantType.QUInt8, reduce_range=saturates(),
         )  # fmt: skip
     return onnx_candidate(made)
 
@@ -353,11 +359,17 @@ def outputs_error(form: Candidate, run: Run, x: Tensor, float_outputs: Tensor) -
 def make_race(network: Network, forms: Sequence[Candidate], absent: dict[str, str], batch: int, threads: int) -> Race:
     x = network.calibration.repeat(batch, 1, 1, 1)[:batch]
     reference = network.model(x)
-    runners, cells = [], {}
+    runners, cells, absent = [], {}, dict(absent)
     with race.threads(threads):
         for form in forms:
             run = form.call(x, threads)
-            error = outputs_error(form, run, x, reference)
+            try:
+                error = outputs_error(form, run, x, reference)
+            except CheckFailed as reason:
+                if form.unpacked is not None:
+                    raise
+                absent[form.name] = str(reason)
+                continue
             runners.append(Runner(form.name, run, form.group, float(batch), "images/s"))
             memory = "" if form.memory is None else f"{form.memory / 1e6:.1f}"
             cells[form.name] = [f"{form.disk / 1e6:.1f}", memory, f"{error:.2g}"]
