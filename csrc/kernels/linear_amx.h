@@ -1,6 +1,7 @@
 // The kernel for AMX: 32 rows x 32 outputs in four tiles of sums. Eight bits of two blocks are one
 // tile of weights as it lies in memory: 64 inputs of 16 outputs (Note [weight tiles]), so narrower
-// codes and levels are unpacked to that form, in panels that stay in L1 for all rows.
+// codes and levels are unpacked to that form: in panels that stay in L1 for all blocks of rows, or,
+// for one block of rows, between its products.
 #pragma once
 #include <csrc/kernels/linear_plain.h>
 #include <csrc/kernels/linear_zmm_groups.h>
@@ -254,6 +255,44 @@ class AmxSums {
   alignas(64) float values_[kRowsAtOnce * kSumStride];
 };
 
+// Unpacks pairs of blocks of each group one after another, around the panel.
+template <class Format, int T>
+class PairsAhead {
+ public:
+  PairsAhead(const PackedWeight& w, int64_t tile, uint8_t* panel)
+      : w_(w), tile_(tile), panel_(panel), formats_{{w, tile}, {w, tile + T - 1}} {
+    for (int64_t i = 0; i < kPairsAhead; ++i) unpack();
+  }
+
+  inline __attribute__((always_inline)) const uint8_t* next() {
+    unpack();
+    return place_of(used_++);
+  }
+
+ private:
+  uint8_t* place_of(int64_t pair) const { return panel_ + pair % kPanelPairs * 2 * kBlockBytes; }
+
+  void unpack() {
+    const int64_t left = w_.layout.blocks_of_group(group_) - block_;
+    if (left <= 0) return;  // behind the last group
+    const PanelBlocks blocks{group_ * w_.layout.group_blocks + block_, left < 2 ? left : 2,
+                             kPanelBlocks};
+    uint8_t* const to = place_of(unpacked_++);
+    for (int t = 0; t < T; ++t)
+      unpack_blocks(formats_[t], w_, tile_ + t, blocks, to + t * kPanelBytes);
+    block_ += 2;
+    if (left > 2 || group_ + 1 == w_.layout.groups) return;
+    block_ = 0;
+    ++group_;
+  }
+
+  const PackedWeight& w_;
+  const int64_t tile_;
+  uint8_t* const panel_;
+  const Format formats_[2];
+  int64_t group_ = 0, block_ = 0, unpacked_ = 0, used_ = 0;
+};
+
 template <class Format>
 class AmxProduct : AmxSums {
  public:
@@ -285,7 +324,7 @@ class AmxProduct : AmxSums {
     const BlockLayout& layout = w_.layout;
     const int64_t depth = layout.blocks * kBlockInputs;
     const int64_t height = rows_ < kTileRows ? rows_ : R * kTileRows;
-    PairsAhead<T> pairs(w_, tile_, panel_);
+    PairsAhead<Format, T> pairs(w_, tile_, panel_);
     for (int64_t g = 0; g < layout.groups; ++g) {
       const int64_t first = g * layout.group_blocks;
       const int8_t* const a = a_.upper + row_ * depth + first * kBlockInputs;
@@ -296,44 +335,6 @@ class AmxProduct : AmxSums {
     }
     finish_rows<T>(0, layout.groups - 1, (layout.groups - 1) % 2);
   }
-
-  // Unpacks pairs of blocks of each group one after another, around the panel.
-  template <int T>
-  class PairsAhead {
-   public:
-    PairsAhead(const PackedWeight& w, int64_t tile, uint8_t* panel)
-        : w_(w), tile_(tile), panel_(panel), formats_{{w, tile}, {w, tile + T - 1}} {
-      for (int64_t i = 0; i < kPairsAhead; ++i) unpack();
-    }
-
-    inline __attribute__((always_inline)) const uint8_t* next() {
-      unpack();
-      return place_of(used_++);
-    }
-
-   private:
-    uint8_t* place_of(int64_t pair) const { return panel_ + pair % kPanelPairs * 2 * kBlockBytes; }
-
-    void unpack() {
-      const int64_t left = w_.layout.blocks_of_group(group_) - block_;
-      if (left <= 0) return;  // behind the last group
-      const PanelBlocks blocks{group_ * w_.layout.group_blocks + block_, left < 2 ? left : 2,
-                               kPanelBlocks};
-      uint8_t* const to = place_of(unpacked_++);
-      for (int t = 0; t < T; ++t)
-        unpack_blocks(formats_[t], w_, tile_ + t, blocks, to + t * kPanelBytes);
-      block_ += 2;
-      if (left > 2 || group_ + 1 == w_.layout.groups) return;
-      block_ = 0;
-      ++group_;
-    }
-
-    const PackedWeight& w_;
-    const int64_t tile_;
-    uint8_t* const panel_;
-    const Format formats_[2];
-    int64_t group_ = 0, block_ = 0, unpacked_ = 0, used_ = 0;
-  };
 
   template <int T>
   void run_panels() {
