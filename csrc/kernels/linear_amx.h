@@ -3,6 +3,7 @@
 // codes and levels are unpacked to that form: in panels that stay in L1 for all blocks of rows, or,
 // for one block of rows, between its products.
 #pragma once
+#include <csrc/kernels/linear_amx_tile.h>
 #include <csrc/kernels/linear_plain.h>
 #include <csrc/kernels/linear_zmm_groups.h>
 #include <stdlib.h>
@@ -10,38 +11,13 @@
 namespace torchquant {
 namespace {
 
-constexpr int64_t kAmxRows = 8;  // for fewer, products of vectors are faster
-constexpr int64_t kTileRows = 16;
+constexpr int64_t kAmxRows = 8;       // for fewer, products of vectors are faster
 constexpr int64_t kRowsAtOnce = 256;  // their sums stay in L2
 constexpr int64_t kMostRowBlocks = kRowsAtOnce / (2 * kTileRows) + 1;
-constexpr int64_t kPanelBlocks = 16;                         // 512 inputs of two tiles: 16 KB
-constexpr int64_t kPanelBytes = kPanelBlocks * kBlockBytes;  // of one tile
-constexpr int64_t kPanelPairs = kPanelBlocks / 2;            // of blocks: each a tile of weights
+constexpr int64_t kPanelPairs = kPanelBlocks / 2;  // of blocks: each a tile of weights
 constexpr int64_t kPairsAhead = 2;
 constexpr int64_t kBlocksBehind = 8;
-constexpr int64_t kSumStride = 2 * kTileOutputs;
 constexpr int64_t kBlockSums = 2 * kTileRows * kSumStride;
-
-// Ahead of tile loads, whose assembly in g++ 12 does not say so: stores could be left for later.
-inline __attribute__((always_inline)) void memory_is_read() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1;
-  uint8_t rest[15] = {};
-  uint16_t bytes[16] = {};  // of a row
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. All have 64 bytes a row.
-inline void set_tile_shapes(int64_t rows) {
-  TileShapes shapes;
-  for (int i = 0; i < 8; ++i) {
-    shapes.bytes[i] = kLine;
-    shapes.rows[i] = static_cast<uint8_t>(i < 6 && rows < kTileRows ? rows : kTileRows);
-  }
-  memory_is_read();
-  _tile_loadconfig(&shapes);
-}
 
 // One or two tiles of rows, [first, first + 16 * tiles). Where they would reach past the last row
 // they begin earlier and take some rows again; `fresh` is the first that no block before has.
@@ -68,110 +44,7 @@ struct Activations {
   const uint8_t* lower;  // null: bytes
 };
 
-// sums += u * a over `blocks` blocks, for R tiles of rows and T tiles of outputs. One tile of rows
-// uses the sums of the second for every other step, lest each product wait for the one before.
-template <int R, int T, bool kSigned>
-struct TileProduct {
-  const uint8_t* panel;
-  int64_t blocks;
-  int64_t depth;  // from row to row
-  int32_t* sums;
-
-  // One tile of weights, in registers 6 and 7, times activations.
-  template <int kSums>
-  static inline __attribute__((always_inline)) void add_row_tile() {
-    if constexpr (kSums == 0 && kSigned) {
-      _tile_dpbsud(0, 4, 6);
-      if constexpr (T == 2) _tile_dpbsud(1, 4, 7);
-    } else if constexpr (kSums == 0) {
-      _tile_dpbuud(0, 4, 6);
-      if constexpr (T == 2) _tile_dpbuud(1, 4, 7);
-    } else if constexpr (kSigned) {
-      _tile_dpbsud(2, 5, 6);
-      if constexpr (T == 2) _tile_dpbsud(3, 5, 7);
-    } else {
-      _tile_dpbuud(2, 5, 6);
-      if constexpr (T == 2) _tile_dpbuud(3, 5, 7);
-    }
-  }
-
-  template <int kSums = 0>
-  static inline __attribute__((always_inline)) void add(const int8_t* a, int64_t stride,
-                                                        const uint8_t* u) {
-    memory_is_read();
-    _tile_loadd(6, u, kLine);
-    if constexpr (T == 2) _tile_loadd(7, u + kPanelBytes, kLine);
-    if constexpr (R == 2 || kSums == 0) {
-      _tile_loadd(4, a, stride);
-      add_row_tile<0>();
-    }
-    if constexpr (R == 2 || kSums == 1) {
-      _tile_loadd(5, R == 2 ? a + kTileRows * stride : a, stride);
-      add_row_tile<1>();
-    }
-  }
-
-  void load_sums(bool zeros) const {
-    if (zeros) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      return;
-    }
-    int32_t* const second = sums + kTileRows * kSumStride;
-    memory_is_read();
-    _tile_loadd(0, sums, kSumStride * 4);
-    _tile_loadd(1, sums + kTileOutputs, kSumStride * 4);
-    _tile_loadd(2, second, kSumStride * 4);
-    _tile_loadd(3, second + kTileOutputs, kSumStride * 4);
-  }
-
-  void store_sums() const {
-    int32_t* const second = sums + kTileRows * kSumStride;
-    _tile_stored(0, sums, kSumStride * 4);
-    _tile_stored(1, sums + kTileOutputs, kSumStride * 4);
-    _tile_stored(2, second, kSumStride * 4);
-    _tile_stored(3, second + kTileOutputs, kSumStride * 4);
-  }
-
-  void run(const int8_t* a, int64_t rows, bool from_zero) const {
-    load_sums(from_zero);
-    int64_t b = 0;
-    for (; R == 1 && b + 4 <= blocks; b += 4) {
-      add<0>(a + b * kBlockInputs, depth, panel + b * kBlockBytes);
-      add<1>(a + (b + 2) * kBlockInputs, depth, panel + (b + 2) * kBlockBytes);
-    }
-    for (; b + 2 <= blocks; b += 2) add(a + b * kBlockInputs, depth, panel + b * kBlockBytes);
-    if (b < blocks) add_last(a + b * kBlockInputs, rows, panel + b * kBlockBytes);
-    store_sums();
-  }
-
-  // From zero, where next() gives one pair of blocks after another.
-  template <class Next>
-  void run_pairs(const int8_t* a, int64_t rows, const Next& next) const {
-    load_sums(true);
-    const int64_t whole = blocks / 2;
-    int64_t i = 0;
-    for (; R == 1 && i + 2 <= whole; i += 2) {
-      add<0>(a + i * kLine, depth, next());
-      add<1>(a + (i + 1) * kLine, depth, next());
-    }
-    for (; i < whole; ++i) add(a + i * kLine, depth, next());
-    if (2 * whole < blocks) add_last(a + whole * kLine, rows, next());
-    store_sums();
-  }
-
-  // A block without a second one: it has zeros behind it, whatever the panel holds there.
-  void add_last(const int8_t* a, int64_t rows, const uint8_t* u) const {
-    alignas(64) int8_t last[R * kTileRows * kLine];
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto* const from = reinterpret_cast<const __m256i*>(a + r * depth);
-      _mm512_store_si512(last + r * kLine, _mm512_zextsi256_si512(_mm256_loadu_si256(from)));
-    }
-    add(last, kLine, u);
-  }
-};
+alignas(64) constexpr int32_t kNoSums[kSumStride] = {};
 
 // The sums of a chunk of rows, and the way from there to outputs.
 class AmxSums {
@@ -181,33 +54,31 @@ class AmxSums {
   // From the sums in `place`.
   template <int T>
   void finish_rows(int64_t i, int64_t g, int64_t place) {
-    if (a_.lower != nullptr) return finish<0, T, Anything>(i, g, place);
-    with_plain(p_, [&](auto what) {
-      using What = decltype(what);
-      row_blocks_[i].tiles == 2 ? finish<2, T, What>(i, g, place) : finish<1, T, What>(i, g, place);
-    });
+    if (a_.lower != nullptr) return finish<T, true, Anything>(i, g, place);
+    with_plain(p_, [&](auto what) { finish<T, false, decltype(what)>(i, g, place); });
   }
 
-  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums, int64_t tiles) {
-    const __m512i sum = _mm512_load_si512(sums);
-    if (tiles == 2) return sum;
-    return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
+  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums,
+                                                              const int32_t* rest) {
+    return _mm512_add_epi32(_mm512_load_si512(sums), _mm512_load_si512(rest));
   }
 
-  // Rows of a block whose sums are there: of R tiles, or (0) of 16-bit activations.
-  template <int R, int T, class What>
+  // Rows of a block whose sums are there. One tile of rows has half of each in the second tile.
+  template <int T, bool kWide, class What>
   void finish(int64_t i, int64_t g, int64_t place) {
     const RowBlock rows = row_blocks_[i];
-    const int64_t tiles = R == 0 ? rows.tiles : R;
+    const int64_t tiles = rows.tiles;
     PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
     What::know(p);
     const bool last_group = g + 1 == p.weight.layout.groups;
     const bool activates = p.epilogue != Epilogue::none;
-    const bool wide = R == 0;
     const int64_t whole = rows.first + tiles * kTileRows, end = whole < rows_ ? whole : rows_;
     const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
     const int32_t* sums = sums_ + place * kBlockSums + (rows.fresh - rows.first) * kSumStride;
     const int32_t* lower = lower_sums_ + (sums - sums_);
+    const int64_t second = kTileRows * kSumStride, rest_stride = tiles == 2 ? 0 : kSumStride;
+    const int32_t* rest = tiles == 2 ? kNoSums : sums + second;
+    const int32_t* lower_rest = tiles == 2 ? kNoSums : lower + second;
     constexpr int64_t kStride = T * kTileOutputs;
     float* const first = values_ + rows.fresh * kStride;
     with_bool(last_group && !activates, [&](auto stores) __attribute__((always_inline)) {
@@ -216,9 +87,10 @@ class AmxSums {
         const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
-          __m512i d = sum_of(sums + t * kTileOutputs, tiles);
-          if (wide)
-            d = _mm512_add_epi32(_mm512_slli_epi32(d, 8), sum_of(lower + t * kTileOutputs, tiles));
+          __m512i d = sum_of(sums + t * kTileOutputs, rest + t * kTileOutputs);
+          if (kWide)
+            d = _mm512_add_epi32(_mm512_slli_epi32(d, 8),
+                                 sum_of(lower + t * kTileOutputs, lower_rest + t * kTileOutputs));
           d = _mm512_add_epi32(d, start);
           __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
           if (last_group) value = outputs[t].scaled(p, row, value);
@@ -230,6 +102,8 @@ class AmxSums {
         }
         sums += kSumStride;
         lower += kSumStride;
+        rest += rest_stride;
+        lower_rest += rest_stride;
         values += kStride;
       }
     });
