@@ -109,6 +109,13 @@ class Uniform(nn.Module):
         return [codes, torch.ops.torchquant.uniform_dequantize(codes, scale, zero_point)]
 
 
+class Dynamic(nn.Module):
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        codes, scale, zero_point = torch.ops.torchquant.dynamic_quantize(rows, bits=4)
+        weight = torch.ops.torchquant.dynamic_fake_quantize(weight, bits=3)
+        return torch.ops.torchquant.uniform_dequantize(codes, scale, zero_point) @ weight.T
+
+
 class SULQ(nn.Module):
     def forward(self, weight: Tensor, x: Tensor) -> list[Tensor]:
         attention = torch.softmax(weight, -1)
@@ -196,6 +203,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Flips: ("flips_quantize",),
     Histogram: ("histogram_accumulate_", "histogram_range", "histogram_quantile"),
     Uniform: ("uniform_fit", "uniform_quantize", "uniform_dequantize"),
+    Dynamic: ("dynamic_quantize", "dynamic_fake_quantize"),
     SULQ: ("sulq_fit", "sulq_quantize", "sulq_dequantize", "sulq_error", "sulq_matmul", "sulq_shift_matmul"),
     Subset: ("subset_select", "subset_quantize", "subset_dequantize"),
     Attention: ("quantized_attention",),

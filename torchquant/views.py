@@ -154,7 +154,7 @@ def placed(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor, s
         shape[quantizer.axis] = -1
         scale, zero_point = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
     else:
-        scale, zero_point = quantizer.grid(x)  # type: ignore[operator]
+        _, scale, zero_point = quantizer.for_kernel(x)
     return x / scale + zero_point, codes, "value / scale + zero point, each with its own"
 
 

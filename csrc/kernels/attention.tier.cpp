@@ -1,8 +1,8 @@
 #include <csrc/kernels/attention.h>
 
 #include <csrc/core/lanes.h>
+#include <csrc/core/vectors.h>
 #include <csrc/kernels/attention_widen.h>
-#include <csrc/kernels/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {

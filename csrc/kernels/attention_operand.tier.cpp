@@ -1,9 +1,9 @@
 // Queries, keys and values of one head on their grids: codes where the integer products read them,
 // or values.
+#include <csrc/core/integers.h>
+#include <csrc/core/reciprocal.h>
 #include <csrc/kernels/attention.h>
 #include <csrc/kernels/attention_widen.h>
-#include <csrc/kernels/integers.h>
-#include <csrc/kernels/reciprocal.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {

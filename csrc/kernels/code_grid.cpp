@@ -1,6 +1,6 @@
 #include <csrc/kernels/code_grid.h>
 
-#include <csrc/kernels/reciprocal.h>
+#include <csrc/core/reciprocal.h>
 
 #include <algorithm>
 

@@ -2,7 +2,7 @@
 // it; and for values that are there already.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <csrc/kernels/integers.h>
+#include <csrc/core/integers.h>
 #include <csrc/kernels/linear.h>
 
 #include <vector>

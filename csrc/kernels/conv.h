@@ -9,7 +9,7 @@
 // Note [gathered columns]: a weight's columns (c, ky, kx) are packed as (ky, kx, c) inside each
 // group of the quantizer, so that a row is a few runs of contiguous integers.
 #pragma once
-#include <csrc/kernels/integers.h>
+#include <csrc/core/integers.h>
 #include <csrc/kernels/linear.h>
 
 namespace torchquant {

@@ -1,6 +1,6 @@
+#include <csrc/core/vectors.h>
 #include <csrc/kernels/conv_quantize.h>
 #include <csrc/kernels/linear_tile.h>
-#include <csrc/kernels/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {

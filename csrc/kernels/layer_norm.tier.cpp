@@ -1,6 +1,6 @@
 #include <csrc/kernels/layer_norm.h>
 
-#include <csrc/kernels/vectors.h>
+#include <csrc/core/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {

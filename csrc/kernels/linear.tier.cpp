@@ -1,7 +1,6 @@
 #include <csrc/kernels/linear_tile.h>
 
 #if defined(__AVX512BW__)
-#include <csrc/kernels/linear_amx.h>
 #include <csrc/kernels/linear_vnni.h>
 #elif defined(__AVX2__)
 #include <csrc/kernels/linear_avx2.h>
@@ -9,6 +8,9 @@
 
 namespace torchquant::avx2 {
 void packed_product(const PackedProduct& p);  // what the avx512 tier runs on a CPU without VNNI
+}
+namespace torchquant::avx512 {
+bool tile_product(const PackedProduct& p);  // linear_amx.tier.cpp; false where it does not serve
 }
 
 namespace torchquant::TORCHQUANT_TIER {
@@ -60,8 +62,7 @@ void run_scalar(const PackedProduct& p) {
 void packed_product(const PackedProduct& p) {
 #if defined(__AVX512BW__)
   if (p.tier == CpuTier::avx512) return avx2::packed_product(p);
-  const bool tiles = p.tier == CpuTier::avx512_amx && p.rows >= kAmxRows;
-  if (!tiles || !run_amx(p)) run_vnni(p);
+  if (p.tier != CpuTier::avx512_amx || !tile_product(p)) run_vnni(p);
 #elif defined(__AVX2__)
   run_avx2(p);
 #else

@@ -1,36 +1,9 @@
 // The float functions behind integer sums, for host and device: single operations, and fused ones
 // only where they are written as such, give the same bits everywhere.
 #pragma once
-#include <csrc/core/quant_math.h>
-
-#include <cstdint>
+#include <csrc/core/floats.h>
 
 namespace torchquant {
-
-TORCHQUANT_HOST_DEVICE uint32_t bits_of(float x) {
-  union {
-    float value;
-    uint32_t bits;
-  } pun = {x};
-  return pun.bits;
-}
-
-TORCHQUANT_HOST_DEVICE float float_of(uint32_t bits) {
-  union {
-    uint32_t bits;
-    float value;
-  } pun = {bits};
-  return pun.value;
-}
-
-// a * b + c, rounded once. Without an instruction for it, a function of the C library.
-TORCHQUANT_HOST_DEVICE float fused(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-  return fmaf(a, b, c);
-#else
-  return __builtin_fmaf(a, b, c);
-#endif
-}
 
 // e^x for x in [-80, 0], by 2^n e^r with |r| <= ln(2) / 2 and e^r's series to the seventh power
 // (relative error 1e-7). Below, e^-80: small, and still so large that its products with what

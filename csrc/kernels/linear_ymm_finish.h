@@ -1,8 +1,8 @@
 // The way from sums to outputs of plain products, for the kernels of 32-byte vectors.
 #pragma once
+#include <csrc/core/vectors.h>
 #include <csrc/kernels/linear_plain.h>
 #include <csrc/kernels/linear_tile.h>
-#include <csrc/kernels/vectors.h>
 
 namespace torchquant {
 namespace {

@@ -1,8 +1,8 @@
 // What the kernels of 64-byte vectors share: codes out of their lines, and the way from sums to
 // outputs in registers.
 #pragma once
+#include <csrc/core/reciprocal.h>
 #include <csrc/kernels/linear_tile.h>
-#include <csrc/kernels/reciprocal.h>
 
 // g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
 #pragma GCC diagnostic push

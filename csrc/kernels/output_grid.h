@@ -1,8 +1,8 @@
 // The tensor side of codes in place of outputs.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <csrc/core/integers.h>
 #include <csrc/kernels/code_grid.h>
-#include <csrc/kernels/integers.h>
 
 #include <optional>
 

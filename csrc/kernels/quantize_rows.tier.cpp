@@ -1,5 +1,5 @@
+#include <csrc/core/vectors.h>
 #include <csrc/kernels/linear.h>
-#include <csrc/kernels/vectors.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {

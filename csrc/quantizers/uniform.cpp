@@ -6,6 +6,7 @@
 #include <ATen/ops/amin.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
@@ -17,6 +18,7 @@
 #include <csrc/core/quantization.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -142,20 +144,17 @@ Layout layout_of(const char* op, const at::Tensor& x, const at::Tensor& scale,
 
 // Calls run(first row, rows) on chunks of rows.
 template <class Run>
-void for_row_chunks(const at::Tensor& x, const Layout& layout, const Run& run) {
-  if (x.is_cuda()) return run(0, layout.rows);
-  const int64_t step =
-      std::max<int64_t>(kElementsPerChunk / std::max<int64_t>(layout.columns, 1), 1);
-  for_each_chunk((layout.rows + step - 1) / step, [&](int64_t chunk) {
-    run(chunk * step, std::min(step, layout.rows - chunk * step));
-  });
+void for_row_chunks(const at::Tensor& x, int64_t rows, int64_t columns, const Run& run) {
+  if (x.is_cuda()) return run(0, rows);
+  const int64_t step = std::max<int64_t>(kElementsPerChunk / std::max<int64_t>(columns, 1), 1);
+  for_each_chunk((rows + step - 1) / step,
+                 [&](int64_t chunk) { run(chunk * step, std::min(step, rows - chunk * step)); });
 }
 
-void check_activations(const char* op, const at::Tensor& x) {
+void check_type(const char* op, const at::Tensor& x) {
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
                    ": x must be float32, float16 or bfloat16, got ", type);
-  check_finite(op, "x", x);
 }
 
 at::Tensor uniform_quantize(const at::Tensor& x, const at::Tensor& scale,
@@ -164,14 +163,15 @@ at::Tensor uniform_quantize(const at::Tensor& x, const at::Tensor& scale,
   const char* op = "uniform_quantize";
   check_device(op, x);
   check_bits(op, bits);
-  check_activations(op, x);
+  check_type(op, x);
+  check_finite(op, "x", x);
   const c10::DeviceGuard guard(x.device());
   const Layout layout = layout_of(op, x, scale, zero_point, axis, group_size);
   const at::Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kByte));
   if (x.numel() == 0) return codes;
   const at::Tensor rows = x.contiguous().view({layout.rows, layout.columns});
   uint8_t* const first_code = codes.mutable_data_ptr<uint8_t>();
-  for_row_chunks(x, layout, [&](int64_t first, int64_t count) {
+  for_row_chunks(x, layout.rows, layout.columns, [&](int64_t first, int64_t count) {
     const at::Tensor part = rows.narrow(0, first, count).to(at::kFloat);
     const UniformEncode work{layout.part(first, count), max_code_of(bits),
                              part.const_data_ptr<float>(), first_code + first * layout.columns};
@@ -193,7 +193,7 @@ at::Tensor uniform_dequantize(const at::Tensor& codes, const at::Tensor& scale,
   const at::Tensor rows = codes.contiguous();
   const uint8_t* const first_code = rows.const_data_ptr<uint8_t>();
   float* const first_value = values.mutable_data_ptr<float>();
-  for_row_chunks(codes, layout, [&](int64_t first, int64_t count) {
+  for_row_chunks(codes, layout.rows, layout.columns, [&](int64_t first, int64_t count) {
     const int64_t start = first * layout.columns;
     const UniformDecode work{layout.part(first, count), first_code + start, first_value + start};
     TORCHQUANT_RUN(uniform_decode, codes, work);
@@ -267,15 +267,11 @@ std::vector<int64_t> grid_shape(const at::Tensor& x, Granularity granularity, in
   return shape;
 }
 
-std::tuple<at::Tensor, at::Tensor> uniform_fit(const at::Tensor& x, int64_t bits,
-                                               std::string_view granularity, int64_t axis,
-                                               int64_t group_size, bool symmetric) {
-  const char* op = "uniform_fit";
+Granularity check_fit(const char* op, const at::Tensor& x, int64_t bits,
+                      std::string_view granularity, int64_t axis, int64_t group_size) {
   check_device(op, x);
   check_bits(op, bits);
-  const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
-                   ": x must be float32, float16 or bfloat16, got ", type);
+  check_type(op, x);
   const Granularity kind = parse_granularity(op, granularity);
   check_group_size(op, group_size);
   TORCH_CHECK_VALUE((kind == Granularity::group) == (group_size > 0), op,
@@ -283,7 +279,14 @@ std::tuple<at::Tensor, at::Tensor> uniform_fit(const at::Tensor& x, int64_t bits
                     " for granularity ", granularity);
   TORCH_CHECK_VALUE(kind == Granularity::tensor || (axis >= -x.dim() && axis < x.dim()), op,
                     ": x needs the dimension ", axis, ", got ", x.sizes());
+  return kind;
+}
 
+std::tuple<at::Tensor, at::Tensor> uniform_fit(const at::Tensor& x, int64_t bits,
+                                               std::string_view granularity, int64_t axis,
+                                               int64_t group_size, bool symmetric) {
+  const char* op = "uniform_fit";
+  const Granularity kind = check_fit(op, x, bits, granularity, axis, group_size);
   const c10::DeviceGuard guard(x.device());
   const std::vector<int64_t> shape = grid_shape(x, kind, axis, group_size);
   if (x.numel() == 0) {
@@ -298,6 +301,111 @@ std::tuple<at::Tensor, at::Tensor> uniform_fit(const at::Tensor& x, int64_t bits
   return {q.scale.reshape(shape), q.zero_point.reshape(shape)};
 }
 
+// Tokens, or groups that leave no rest: rows that the CPU quantizes while they are in the cache.
+// They stay where they lie if the elements of a row are neighbours.
+class DynamicRows {
+ public:
+  DynamicRows(const at::Tensor& x, int64_t columns, bool symmetric, int64_t bits)
+      : x_(x.to(at::kFloat)), columns_(columns) {
+    if (x_.dim() < 2 || columns != x_.size(-1) || x_.stride(-1) != 1) x_ = x_.contiguous();
+    if (x_.is_contiguous()) x_ = x_.view({-1, columns});
+    work_.columns = columns;
+    work_.row_stride = x_.stride(-2);
+    work_.grid = symmetric ? GridType::symmetric : GridType::asymmetric;
+    work_.max_code = max_code_of(bits);
+  }
+
+  // False where a value is not finite. fill(work, row) says where results of rows from `row` on go.
+  template <class Fill>
+  bool run(const Fill& fill) const {
+    const int64_t near = x_.size(-2);  // rows at one distance
+    const int64_t step = std::clamp<int64_t>(kElementsPerChunk / columns_, 1, near);
+    const int64_t parts = (near + step - 1) / step;
+    std::atomic<bool> finite{true};
+    for_each_chunk(x_.numel() / (near * columns_) * parts, [&](int64_t chunk) {
+      const int64_t first = chunk % parts * step;
+      bool own = true;
+      UniformRows work = work_;
+      work.rows = std::min(step, near - first);
+      work.x = x_.const_data_ptr<float>() + offset_of(chunk / parts) + first * work.row_stride;
+      work.finite = &own;
+      fill(work, chunk / parts * near + first);
+      uniform_encode_rows(work);
+      if (!own) finite = false;
+    });
+    return finite;
+  }
+
+ private:
+  // Of the rows with the same indices ahead of the last two dimensions.
+  int64_t offset_of(int64_t index) const {
+    int64_t offset = 0;
+    for (int64_t d = x_.dim() - 3; d >= 0; --d) {
+      offset += index % x_.size(d) * x_.stride(d);
+      index /= x_.size(d);
+    }
+    return offset;
+  }
+
+  at::Tensor x_;
+  int64_t columns_;
+  UniformRows work_{};
+};
+
+// Columns of the rows that DynamicRows serves; 0 where it does not.
+int64_t dynamic_columns(const at::Tensor& x, Granularity kind, int64_t group_size) {
+  if (!x.is_cpu() || x.numel() == 0) return 0;
+  if (kind == Granularity::token) return x.size(-1);
+  return kind == Granularity::group && x.size(-1) % group_size == 0 ? group_size : 0;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dynamic_quantize(const at::Tensor& x, int64_t bits,
+                                                                std::string_view granularity,
+                                                                int64_t axis, int64_t group_size,
+                                                                bool symmetric) {
+  const char* op = "dynamic_quantize";
+  const Granularity kind = check_fit(op, x, bits, granularity, axis, group_size);
+  const int64_t columns = dynamic_columns(x, kind, group_size);
+  if (columns == 0) {
+    const auto [scale, zero] = uniform_fit(x, bits, granularity, axis, group_size, symmetric);
+    return {uniform_quantize(x, scale, zero, bits, axis, group_size), scale, zero};
+  }
+  const at::Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const at::Tensor scale =
+      at::empty(grid_shape(x, kind, axis, group_size), x.options().dtype(at::kFloat));
+  const at::Tensor zero_point = at::empty_like(scale);
+  uint8_t* const first_code = codes.mutable_data_ptr<uint8_t>();
+  float* const first_scale = scale.mutable_data_ptr<float>();
+  float* const first_zero_point = zero_point.mutable_data_ptr<float>();
+  const DynamicRows rows(x, columns, symmetric, bits);
+  const bool finite = rows.run([&](UniformRows& work, int64_t row) {
+    work.codes = first_code + row * columns;
+    work.scale = first_scale + row;
+    work.zero_point = first_zero_point + row;
+  });
+  if (!finite) check_finite(op, "x", x);
+  return {codes, scale, zero_point};
+}
+
+at::Tensor dynamic_fake_quantize(const at::Tensor& x, int64_t bits, std::string_view granularity,
+                                 int64_t axis, int64_t group_size, bool symmetric) {
+  const char* op = "dynamic_fake_quantize";
+  const Granularity kind = check_fit(op, x, bits, granularity, axis, group_size);
+  const int64_t columns = dynamic_columns(x, kind, group_size);
+  if (columns == 0) {
+    const auto [codes, scale, zero] =
+        dynamic_quantize(x, bits, granularity, axis, group_size, symmetric);
+    return uniform_dequantize(codes, scale, zero, axis, group_size);
+  }
+  const at::Tensor values = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  float* const first = values.mutable_data_ptr<float>();
+  const DynamicRows rows(x, columns, symmetric, bits);
+  const bool finite =
+      rows.run([&](UniformRows& work, int64_t row) { work.values = first + row * columns; });
+  if (!finite) check_finite(op, "x", x);
+  return values;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
@@ -310,18 +418,28 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(
       "uniform_fit(Tensor x, *, int bits, str granularity=\"tensor\", int axis=-1, "
       "int group_size=0, bool symmetric=False) -> (Tensor scale, Tensor zero_point)");
+  m.def(
+      "dynamic_quantize(Tensor x, *, int bits, str granularity=\"token\", int axis=-1, "
+      "int group_size=0, bool symmetric=False) -> (Tensor codes, Tensor scale, Tensor zero_point)");
+  m.def(
+      "dynamic_fake_quantize(Tensor x, *, int bits, str granularity=\"token\", int axis=-1, "
+      "int group_size=0, bool symmetric=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
   m.impl("uniform_quantize", uniform_quantize);
   m.impl("uniform_dequantize", uniform_dequantize);
   m.impl("uniform_fit", uniform_fit);
+  m.impl("dynamic_quantize", dynamic_quantize);
+  m.impl("dynamic_fake_quantize", dynamic_fake_quantize);
 }
 #ifdef TORCHQUANT_CUDA
 TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {
   m.impl("uniform_quantize", uniform_quantize);
   m.impl("uniform_dequantize", uniform_dequantize);
   m.impl("uniform_fit", uniform_fit);
+  m.impl("dynamic_quantize", dynamic_quantize);
+  m.impl("dynamic_fake_quantize", dynamic_fake_quantize);
 }
 #endif
 

@@ -29,7 +29,23 @@ struct UniformDecode {
   float* values;
 };
 
+// Rows that each get the grid of their own extremes: codes and grids, or values alone.
+struct UniformRows {
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;  // of x
+  GridType grid;
+  float max_code;
+  const float* x;
+  float* values;      // [rows, columns], or null
+  uint8_t* codes;     // [rows, columns]
+  float* scale;       // [rows]
+  float* zero_point;  // [rows]
+  bool* finite;       // set to false where x is not
+};
+
 TORCHQUANT_TIER_LEAF(uniform_encode, UniformEncode)
+TORCHQUANT_TIER_LEAF(uniform_encode_rows, UniformRows)
 TORCHQUANT_TIER_LEAF(uniform_decode, UniformDecode)
 
 }  // namespace torchquant

@@ -1,5 +1,7 @@
 #include <csrc/quantizers/uniform.h>
 
+#include <csrc/core/vectors.h>
+
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
@@ -20,7 +22,88 @@ void for_each_run(const UniformGrids& grids, const Visit& visit) {
   }
 }
 
+struct Ends {
+  float low;
+  float high;
+};
+
+float first_of(float a, float b) { return a < b ? a : b; }
+float last_of(float a, float b) { return a > b ? a : b; }
+
+// Smallest and largest of x, which has at least one value.
+Ends ends_of(const float* x, int64_t count) {
+  Ends ends{x[0], x[0]};
+  if (count < kVectorLanes) {
+    for (int64_t i = 1; i < count; ++i) ends = {first_of(x[i], ends.low), last_of(x[i], ends.high)};
+    return ends;
+  }
+  // Two of each, so that steps need not wait; the last vectors perhaps twice.
+  Floats low[2], high[2];
+  low[0] = low[1] = high[0] = high[1] = load<Floats>(x + count - kVectorLanes);
+  const auto take = [&](int64_t at, int64_t part) __attribute__((always_inline)) {
+    const Floats values = load<Floats>(x + at);
+    low[part] = smaller(values, low[part]);
+    high[part] = larger(values, high[part]);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kVectorLanes <= count; i += 2 * kVectorLanes) {
+    take(i, 0);
+    take(i + kVectorLanes, 1);
+  }
+  if (i + kVectorLanes <= count) take(i, 0);
+  const auto first = [](Floats a, Floats b) { return smaller(a, b); };
+  const auto last = [](Floats a, Floats b) { return larger(a, b); };
+  return {joined(first(low[0], low[1]), first), joined(last(high[0], high[1]), last)};
+}
+
+// Codes of x on one grid. Returns what note_finite does.
+Floats encode(Grid grid, float max_code, Floats noted, const float* x, int64_t count,
+              uint8_t* codes) {
+  with_integers({grid.scale, 0.0f, grid.zero_point, max_code, 0}, [&](const auto& integers) {
+    noted = value_integers(integers, noted, x, count, codes);
+  });
+  return noted;
+}
+
+// Nearest values of the grid. Returns what note_finite does.
+Floats round_row(Grid grid, float max_code, Floats noted, const float* x, int64_t count,
+                 float* values) {
+  with_integers({grid.scale, 0.0f, grid.zero_point, max_code, 0}, [&](const auto& integers) {
+    const auto take = [&](const float* from, float* to) __attribute__((always_inline)) {
+      const Floats some = load<Floats>(from);
+      noted = note_finite(noted, some);
+      store((to_floats(integers(some)) - grid.zero_point) * grid.scale, to);
+    };
+    int64_t i = 0;
+    for (; i + kVectorLanes <= count; i += kVectorLanes) take(x + i, values + i);
+    if (i == count) return;
+    float rest[kVectorLanes] = {};
+    for (int64_t j = i; j < count; ++j) rest[j - i] = x[j];
+    take(rest, rest);
+    for (int64_t j = i; j < count; ++j) values[j] = rest[j - i];
+  });
+  return noted;
+}
+
 }  // namespace
+
+void uniform_encode_rows(const UniformRows& work) {
+  Floats noted{};
+  for (int64_t n = 0; n < work.rows; ++n) {
+    const float* const x = work.x + n * work.row_stride;
+    const Ends ends = ends_of(x, work.columns);
+    const Grid grid = fit_grid(work.grid, ends.low, ends.high, work.max_code);
+    if (work.values != nullptr) {
+      noted =
+          round_row(grid, work.max_code, noted, x, work.columns, work.values + n * work.columns);
+      continue;
+    }
+    work.scale[n] = grid.scale;
+    work.zero_point[n] = grid.zero_point;
+    noted = encode(grid, work.max_code, noted, x, work.columns, work.codes + n * work.columns);
+  }
+  if (!all_finite(noted)) *work.finite = false;
+}
 
 void uniform_encode(const UniformEncode& work) {
   const float* const scales = work.grids.scale;
@@ -30,10 +113,7 @@ void uniform_encode(const UniformEncode& work) {
     uint8_t* __restrict__ codes = work.codes + first;
     const float max_code = work.max_code;
     if (step == 0) {
-      const float scale = scales[grid], zero_point = zeros[grid];
-      for (int64_t i = 0; i < length; ++i)
-        codes[i] =
-            static_cast<uint8_t>(static_cast<int32_t>(to_code(x[i], scale, zero_point, max_code)));
+      encode({scales[grid], zeros[grid]}, max_code, Floats{}, x, length, codes);
     } else {
       for (int64_t i = 0; i < length; ++i)
         codes[i] = static_cast<uint8_t>(

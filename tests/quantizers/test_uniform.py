@@ -8,13 +8,21 @@ from helpers import FLOAT_TYPES, assert_same, check_op, layouts, random, scripte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchquant.quantizers import dynamic_quantize, uniform_dequantize, uniform_fit, uniform_quantize
+from torchquant.quantizers import (
+    dynamic_fake_quantize,
+    dynamic_quantize,
+    uniform_dequantize,
+    uniform_fit,
+    uniform_quantize,
+)
 from torchquant.solvers import rtn_quantize
 from torchquant.statistics import histogram_accumulate_, histogram_range, new_histogram
 
 QUANTIZE = torch.ops.torchquant.uniform_quantize.default
 DEQUANTIZE = torch.ops.torchquant.uniform_dequantize.default
 FIT = torch.ops.torchquant.uniform_fit.default
+FAKE = torch.ops.torchquant.dynamic_fake_quantize.default
+DYNAMIC = torch.ops.torchquant.dynamic_quantize.default
 
 
 def activations(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -174,6 +182,27 @@ def test_threads_and_tiers_give_the_same_bits(each_tier):
         assert_same(run(), wanted)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 131])
+def test_rows_of_any_width_get_the_codes_of_fit_and_quantize(each_tier, columns, symmetric):
+    x = activations(9, columns)
+    x[1], x[2], x[3] = 0.0, -1.5, 1e-40
+    x[4] *= 1e30
+    x[5] = x[5].abs() + 100
+    x[6, 0], x[7, -1] = -40.0, 40.0
+    for bits in (3, 8):
+        fit = {"bits": bits, "granularity": "token", "symmetric": symmetric}
+        scale, zero_point = uniform_fit(x, **fit)
+        wanted = uniform_quantize(x, scale, zero_point, bits=bits), scale, zero_point
+        values = uniform_dequantize(*wanted)
+        for view in layouts(x).values():
+            assert_same(dynamic_quantize(view, **fit), wanted)
+            assert_same(dynamic_fake_quantize(view, **fit), values)
+        heads = torch.stack([x.view(3, 3, columns)] * 2, -2)[:, :, 1].transpose(0, 1)  # not in one piece
+        assert_same(dynamic_quantize(heads, **fit), [t.view(3, 3, -1).transpose(0, 1) for t in wanted])
+        assert_same(dynamic_fake_quantize(heads, **fit), values.view(3, 3, -1).transpose(0, 1))
+
+
 def test_gradients_are_not_in_the_way(place):
     x = activations(3, 8).to(place).requires_grad_()
     codes = dynamic_quantize(x, bits=4)[0]
@@ -235,6 +264,13 @@ def test_bad_codes_and_fits_are_refused():
     for granularity in ("tensor", "token"):
         with pytest.raises(ValueError, match="uniform_fit: x must be finite, got 1 NaN or Inf"):
             uniform_fit(torch.tensor([1.0, math.nan, 2.0]), bits=4, granularity=granularity)
+    for column in (0, 20, 39):
+        x = torch.ones(3, 40)
+        x[1, column] = math.nan if column else math.inf
+        with pytest.raises(ValueError, match="dynamic_quantize: x must be finite, got 1 NaN or Inf"):
+            dynamic_quantize(x, bits=4)
+        with pytest.raises(ValueError, match="dynamic_fake_quantize: x must be finite, got 1 NaN or Inf"):
+            dynamic_fake_quantize(x, bits=4)
     with pytest.raises(TypeError, match="uniform_fit: x must be float32, float16 or bfloat16, got Long"):
         uniform_fit(torch.arange(3), bits=4)
 
@@ -254,6 +290,9 @@ def test_opcheck_of_fits(place):
     check_op(FIT, (x,), {"bits": 4, "granularity": "token", "symmetric": True})
     check_op(FIT, (x,), {"bits": 4, "granularity": "channel", "axis": 0})
     check_op(FIT, (x,), {"bits": 4, "granularity": "group", "group_size": 4})
+    for granularity, options in (("tensor", {}), ("token", {}), ("channel", {"axis": 0}), ("group", {"group_size": 3})):
+        check_op(DYNAMIC, (x,), {"bits": 4, "granularity": granularity, **options})
+        check_op(FAKE, (x,), {"bits": 4, "granularity": granularity, **options})
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (2, 0, 3)])
@@ -299,6 +338,8 @@ def test_any_activations(shape, dtype, bits, granularity, axis, group_size, symm
     options = {"axis": axis, "group_size": group_size}
     codes, scale, zero_point = dynamic_quantize(x, bits=bits, granularity=granularity, symmetric=symmetric, **options)
     values = uniform_dequantize(codes, scale, zero_point, **options)
+    fit = {"bits": bits, "granularity": granularity, "symmetric": symmetric}
+    assert_same(dynamic_fake_quantize(x, **fit, **options), values)
     step = uniform_dequantize(torch.ones_like(codes), scale, torch.zeros_like(scale), **options)
     assert codes.shape == values.shape == tuple(shape) and (codes.long() < 2**bits).all()
     assert (scale > 0).all() and ((values - x.float()).abs() <= 1.001 * step).all()

@@ -151,21 +151,15 @@ class DynamicQuantizer(ActivationQuantizer):
             )
         self.granularity, self.symmetric, self.axis = granularity, symmetric, axis
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of this input."""
-        return torch.ops.torchquant.uniform_fit(
-            x, bits=self.bits, granularity=self.granularity, axis=self.axis, symmetric=self.symmetric
-        )
-
     @torch.jit.export
     def codes(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.grid(plain(x))
-        return torch.ops.torchquant.uniform_quantize(plain(x), scale, zero_point, bits=self.bits, axis=self.axis)
+        return self.for_kernel(x)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.grid(plain(x))
-        codes = torch.ops.torchquant.uniform_quantize(plain(x), scale, zero_point, bits=self.bits, axis=self.axis)
-        return torch.ops.torchquant.uniform_dequantize(codes, scale, zero_point, axis=self.axis).to(x.dtype)
+        values = torch.ops.torchquant.dynamic_fake_quantize(
+            plain(x), bits=self.bits, granularity=self.granularity, axis=self.axis, symmetric=self.symmetric
+        )
+        return values.to(x.dtype)
 
     @torch.jit.export
     def is_integer(self) -> bool:
@@ -173,9 +167,9 @@ class DynamicQuantizer(ActivationQuantizer):
 
     @torch.jit.export
     def for_kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale, zero_point = self.grid(plain(x))
-        codes = torch.ops.torchquant.uniform_quantize(plain(x), scale, zero_point, bits=self.bits, axis=self.axis)
-        return codes, scale, zero_point
+        return torch.ops.torchquant.dynamic_quantize(
+            plain(x), bits=self.bits, granularity=self.granularity, axis=self.axis, symmetric=self.symmetric
+        )
 
 
 class TableQuantizer(ActivationQuantizer):

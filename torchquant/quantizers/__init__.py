@@ -19,13 +19,14 @@ from .sulq import (
     sulq_quantize,
     sulq_shift_matmul,
 )
-from .uniform import dynamic_quantize, uniform_dequantize, uniform_fit, uniform_quantize
+from .uniform import dynamic_fake_quantize, dynamic_quantize, uniform_dequantize, uniform_fit, uniform_quantize
 
 __all__ = [
     "LogQuantizer",
     "SubsetChoice",
     "choose_log_quantizer",
     "choose_subset",
+    "dynamic_fake_quantize",
     "dynamic_quantize",
     "subset_dequantize",
     "subset_fit_scale",

@@ -85,11 +85,23 @@ def dynamic_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`uniform_fit` and `uniform_quantize` at once: codes, scale, zero_point. `torch.jit.script` compiles it, therefore
     no keyword-only arguments."""
-    scale, zero_point = torch.ops.torchquant.uniform_fit(
+    return torch.ops.torchquant.dynamic_quantize(
         x, bits=bits, granularity=granularity, axis=axis, group_size=group_size, symmetric=symmetric
     )
-    codes = torch.ops.torchquant.uniform_quantize(x, scale, zero_point, bits=bits, axis=axis, group_size=group_size)
-    return codes, scale, zero_point
+
+
+def dynamic_fake_quantize(
+    x: Tensor,
+    bits: int,
+    granularity: str = "token",
+    axis: int = -1,
+    group_size: int = 0,
+    symmetric: bool = False,
+) -> Tensor:
+    """`dynamic_quantize` and `uniform_dequantize` at once: the nearest value of its grid to each x, float32."""
+    return torch.ops.torchquant.dynamic_fake_quantize(
+        x, bits=bits, granularity=granularity, axis=axis, group_size=group_size, symmetric=symmetric
+    )
 
 
 @torch.library.register_fake("torchquant::uniform_quantize")
@@ -103,7 +115,7 @@ def _(codes, scale, zero_point, *, axis=-1, group_size=0):  # type: ignore[no-un
 
 
 @torch.library.register_fake("torchquant::uniform_fit")
-def _(x, *, bits, granularity="tensor", axis=-1, group_size=0, symmetric=False):  # type: ignore[no-untyped-def]
+def fitted(x, *, bits, granularity="tensor", axis=-1, group_size=0, symmetric=False):  # type: ignore[no-untyped-def]
     groups = (x.shape[-1] + group_size - 1) // group_size if granularity == "group" else 1
     if granularity == "tensor":
         shape: tuple[int, ...] = ()
@@ -113,3 +125,13 @@ def _(x, *, bits, granularity="tensor", axis=-1, group_size=0, symmetric=False):
         shape = (*x.shape[:-1], groups)
     scale = x.new_empty(shape, dtype=torch.float32)
     return scale, torch.empty_like(scale)
+
+
+@torch.library.register_fake("torchquant::dynamic_quantize")
+def _(x, *, granularity="token", **options):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.uint8), *fitted(x, granularity=granularity, **options)
+
+
+@torch.library.register_fake("torchquant::dynamic_fake_quantize")
+def _(x, **options):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.float32)

@@ -14,7 +14,7 @@ struct Reciprocal {
   explicit Reciprocal(float of)
       : divisor(of),
         high(1.0f / of),
-        low(static_cast<float>(1.0 / static_cast<double>(of) - static_cast<double>(high))),
+        low(__builtin_fmaf(-high, of, 1.0f) * high),
         limit(kLimit * of) {}
 
   static bool in_range(const Grid& grid) {

@@ -1,9 +1,11 @@
 // Vectors of the tier's width: integers of values and codes, pairs of 16-bit integers and the sums
 // of their products.
 #pragma once
-#include <csrc/kernels/integers.h>
-#include <csrc/kernels/linear_float.h>
-#include <csrc/kernels/reciprocal.h>
+#include <csrc/core/floats.h>
+#include <csrc/core/integers.h>
+#include <csrc/core/reciprocal.h>
+
+#include <utility>
 
 #if defined(__AVX512BW__)
 // g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
@@ -103,6 +105,22 @@ inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
 #else
   return a > b ? a : b;
 #endif
+}
+
+template <int kDistance, int... kLane>
+inline __attribute__((always_inline)) Floats swapped(Floats x,
+                                                     std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane ^ kDistance)...);
+}
+
+// All lanes in one; `join` takes two vectors, in any order.
+template <class Join>
+inline __attribute__((always_inline)) float joined(Floats x, const Join& join) {
+  constexpr std::make_integer_sequence<int, kVectorLanes> kLanes;
+  if constexpr (kVectorLanes > 8) x = join(x, swapped<8>(x, kLanes));
+  if constexpr (kVectorLanes > 4) x = join(x, swapped<4>(x, kLanes));
+  x = join(x, swapped<2>(x, kLanes));
+  return join(x, swapped<1>(x, kLanes))[0];
 }
 
 // a * b + c, rounded once.
