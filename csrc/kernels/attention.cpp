@@ -125,7 +125,6 @@ struct Operands {
   int64_t rows, keys, width;
   at::Tensor q, k, v;  // [heads, L, D], [heads, S, D], [heads, S, Dv]
   std::optional<HeadRows> query_rows;
-  std::optional<OperandGrid> query_grid;
   std::optional<PackedHeads> key_codes, value_codes;
   mutable std::atomic<bool> finite{true};  // where there are grids
 };
@@ -136,20 +135,21 @@ Operands::Operands(const at::Tensor& query, const at::Tensor& key, const at::Ten
   for (const int64_t size : leading) heads *= size;
   if (heads * rows * keys * width == 0) return;
   if (grids.key.has_value()) {
-    query_rows.emplace(query, leading);
-    query_grid = grids.query;
-    key_codes.emplace(HeadRows(key, leading), heads, *grids.key, PackedHeads::Order::keys, finite);
+    query_rows.emplace(query, leading, *grids.query);
+    key_codes.emplace(HeadRows(key, leading, *grids.key), heads, PackedHeads::Order::keys, finite);
   } else {
     q = per_head(query, leading, heads);
     k = per_head(key, leading, heads);
   }
   if (!grids.value.has_value()) {
     v = per_head(value, leading, heads);
-  } else if (integer_values) {
-    value_codes.emplace(HeadRows(value, leading), heads, *grids.value, PackedHeads::Order::values,
-                        finite);
   } else {
-    v = dequantized_heads(HeadRows(value, leading), heads, *grids.value, finite);
+    const HeadRows value_rows(value, leading, *grids.value);
+    if (integer_values && !grids.value->of_rows()) {
+      value_codes.emplace(value_rows, heads, PackedHeads::Order::values, finite);
+    } else {
+      v = dequantized_heads(value_rows, heads, finite);
+    }
   }
 }
 
@@ -236,8 +236,7 @@ void Product::score(const at::Tensor& scores, int64_t head, int64_t row) const {
   const PackedHeads& codes = *x_.key_codes;
   IntegerRows queries(codes.layout(), rows);
   for (int64_t h = 0; h < heads; ++h) {
-    const float unit = x_.query_grid->grid.scale * codes.scale();
-    if (!queries.quantize(*x_.query_rows, head + h, row, *x_.query_grid, unit)) x_.finite = false;
+    if (!queries.quantize(*x_.query_rows, head + h, row, codes.scale())) x_.finite = false;
     PackedWeight weight = codes.view(head + h);
     weight.outputs = keys;
     queries.multiply(weight, scores.mutable_data_ptr<float>() + h * rows * keys);
@@ -339,9 +338,9 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
   check_quantizer(kOp, quantizer);
   const Table table(kOp, quantizer);
   const OperandGrids grids{
-      operand_grid(kOp, "query", query_scale, query_zero_point, query_bits),
-      operand_grid(kOp, "key", key_scale, key_zero_point, key_bits),
-      operand_grid(kOp, "value", value_scale, value_zero_point, value_bits),
+      operand_grid(kOp, "query", query_scale, query_zero_point, query_bits, &q),
+      operand_grid(kOp, "key", key_scale, key_zero_point, key_bits, &k),
+      operand_grid(kOp, "value", value_scale, value_zero_point, value_bits, &v),
       operand_grid(kOp, "output", output_scale, output_zero_point, output_bits)};
   TORCH_CHECK_VALUE(grids.query.has_value() == grids.key.has_value(), kOp,
                     ": query_scale and key_scale must be given together, got only one of them");

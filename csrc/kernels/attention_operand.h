@@ -14,30 +14,41 @@
 
 namespace torchquant {
 
+// One grid, or of codes one for each row: scale and zero point [..., R, 1] instead of `grid`.
 struct OperandGrid {
   Grid grid;
   int64_t bits;
+  at::Tensor scale;
+  at::Tensor zero_point;
+
+  bool of_rows() const { return scale.defined(); }
 };
 
-// As given for "query", "key" or "value"; checked.
+// As given for "query", "key" or "value"; checked. Of rows only where there is x.
 std::optional<OperandGrid> operand_grid(const char* op, const char* operand,
                                         const std::optional<at::Tensor>& scale,
-                                        const std::optional<at::Tensor>& zero_point, int64_t bits);
+                                        const std::optional<at::Tensor>& zero_point, int64_t bits,
+                                        const at::Tensor* x = nullptr);
 
 // Codes of values that are there already.
 at::Tensor codes_of(const at::Tensor& values, const OperandGrid& grid);
 
-// [..., R, C], broadcast to leading dimensions, as rows of every head: float32 or codes. They stay
-// where they lie if the elements of a row are neighbours.
+// [..., R, C], broadcast to leading dimensions, as rows of every head on their grids: float32 or
+// codes. They stay where they lie if the elements of a row are neighbours.
 class HeadRows {
  public:
-  HeadRows(const at::Tensor& x, at::IntArrayRef leading);
-  // One head from row `first` on, as an operand on `grid`.
-  QuantizeOperand operand(int64_t head, int64_t first, const OperandGrid& grid) const;
+  HeadRows(const at::Tensor& x, at::IntArrayRef leading, const OperandGrid& grid);
+  // One head from row `first` on.
+  QuantizeOperand operand(int64_t head, int64_t first) const;
+  // Of `count` rows of one head from row `first` on.
+  void copy_grids(int64_t head, int64_t first, int64_t count, float* scales,
+                  float* zero_points) const;
+  const OperandGrid& grid() const { return grid_; }
   int64_t rows() const { return x_.size(-2); }
   int64_t columns() const { return x_.size(-1); }
 
  private:
+  OperandGrid grid_;
   at::Tensor x_;
 };
 
@@ -46,36 +57,40 @@ class HeadRows {
 class PackedHeads {
  public:
   enum class Order { keys, values };
-  PackedHeads(const HeadRows& x, int64_t heads, const OperandGrid& grid, Order order,
-              std::atomic<bool>& finite);
+  PackedHeads(const HeadRows& x, int64_t heads, Order order, std::atomic<bool>& finite);
   PackedWeight view(int64_t head) const;
   const BlockLayout& layout() const { return layout_; }
   float scale() const { return scale_; }
 
  private:
-  bool pack(const HeadRows& x, int64_t head, const OperandGrid& grid, Order order);
+  void set_grids(const HeadRows& x, int64_t heads);
+  bool pack(const HeadRows& x, int64_t head, Order order);
+  // Where a head's [groups, stride] numbers begin.
+  int64_t grids_of(int64_t head) const { return own_grids_ ? head * layout_.groups * stride_ : 0; }
 
   BlockLayout layout_;
   int64_t outputs_;
   int64_t stride_;
-  float scale_;
+  float scale_;     // in the scale of the products' rows
+  bool own_grids_;  // of each output of a head
   int32_t origin_;
-  at::Tensor packed_;           // uint8 [heads, outputs / 16, blocks, 8, 64]
-  std::vector<float> ones_;     // [groups, stride]
-  std::vector<float> offsets_;  // [groups, stride], or empty
-  at::Tensor sums_;             // float32 [heads, stride]
+  at::Tensor packed_;               // uint8 [heads, outputs / 16, blocks, 8, 64]
+  std::vector<float> scales_;       // [heads, groups, stride], or [groups, stride] ones
+  std::vector<float> zero_points_;  // of the same shape
+  std::vector<float> offsets_;      // of the same shape: origin - zero point; empty: zeros
+  at::Tensor sums_;                 // float32 [heads, stride]
 };
 
-// float32 [heads, R, C]: the nearest values of the grid.
-at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, const OperandGrid& grid,
-                             std::atomic<bool>& finite);
+// float32 [heads, R, C]: the nearest values of the grids.
+at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, std::atomic<bool>& finite);
 
 // Integer activations of some rows of one head.
 class IntegerRows {
  public:
   IntegerRows(const BlockLayout& layout, int64_t rows);
-  // Codes of x's rows from `row` on; `scale` makes values of products. Whether all of x is finite.
-  bool quantize(const HeadRows& x, int64_t head, int64_t row, const OperandGrid& grid, float scale);
+  // Codes of x's rows from `row` on; their scales, times `unit`, make values of products. Whether
+  // all of x is finite.
+  bool quantize(const HeadRows& x, int64_t head, int64_t row, float unit);
   // To write to instead; `unit` times an integer moved by its row's zero is a value.
   ProbabilityRows probabilities(float unit) const;
   // To `out`, or its codes to `codes` where there is a grid for them.

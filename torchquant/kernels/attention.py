@@ -48,8 +48,8 @@ def quantized_attention(
         scale: of the scores; default ``D**-0.5``.
         is_causal: row i takes part with keys 0..i; instead of a mask.
         query_scale, query_zero_point, query_bits, key_...: uniform grids of q and k, float32 of one value each; both or
-            none.
-        value_scale, value_zero_point, value_bits: that of v.
+            none. Of codes also one for each row, ``[..., L, 1]`` and ``[..., S, 1]`` as :func:`dynamic_quantize` gives.
+        value_scale, value_zero_point, value_bits: that of v. With a grid for each row the product with v is in floats.
         output_scale, output_zero_point, output_bits: one for the output, which is then uint8 codes.
 
     Returns:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import gradient_wanted, hooked
-from .quantizers import TableQuantizer, UniformQuantizer
+from .quantizers import DynamicQuantizer, TableQuantizer, UniformQuantizer
 
 POINTS = ("query", "key", "value", "softmax")
 
@@ -17,7 +17,7 @@ class QAttention(nn.Module):
 
     ``query``, ``key``, ``value`` and ``softmax`` are nn.Identity until quantizers take their places. Where nobody needs
     the weights, one operator computes everything behind ``query``, ``key`` and ``value``: see :meth:`fits`; and these
-    too, with integer products, where they are uniform: see :meth:`on_grids`.
+    too, with integer products of q and k at least, where they are uniform: see :meth:`on_grids`.
     """
 
     if TYPE_CHECKING:  # points hold what no common class describes
@@ -86,13 +86,16 @@ class QAttention(nn.Module):
         return hasattr(softmax, "thresholds")
 
     def on_grids(self) -> bool:
-        """Whether q, k and v have one uniform grid each and nobody observes their quantizers."""
+        """Whether q, k and v have one uniform grid each, or each of their tokens one, and nobody observes their
+        quantizers."""
         q, k, v = self.query, self.key, self.value
         if not torch.jit.is_scripting():
             for point in (q, k, v):
-                if type(point) is not UniformQuantizer or hooked(point):
+                if type(point) is not type(q) or type(point) not in UNIFORM or hooked(point):
                     return False
         if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
+            return q.is_integer() and k.is_integer() and v.is_integer()
+        if hasattr(q, "granularity") and hasattr(k, "granularity") and hasattr(v, "granularity"):
             return q.is_integer() and k.is_integer() and v.is_integer()
         return False
 
@@ -130,6 +133,12 @@ class QAttention(nn.Module):
             grid[0], grid[1], bits[3] = softmax.scale, softmax.zero_point, softmax.bits
         elif hasattr(softmax, "thresholds"):
             table[0], table[1], table[2] = softmax.thresholds, softmax.exponents, softmax.eta
+        if hasattr(of_query, "granularity") and hasattr(of_key, "granularity") and hasattr(of_value, "granularity"):  # noqa: SIM102
+            if grids:
+                q, query[0], query[1] = of_query.for_kernel(q)
+                k, key[0], key[1] = of_key.for_kernel(k)
+                v, value[0], value[1] = of_value.for_kernel(v)
+                bits[0], bits[1], bits[2] = of_query.bits, of_key.bits, of_value.bits
         if hasattr(of_query, "zero_point") and grids:
             query[0], query[1], bits[0] = of_query.scale, of_query.zero_point, of_query.bits
         if hasattr(of_key, "zero_point") and grids:
@@ -150,3 +159,4 @@ def takes(x: Tensor) -> bool:
 
 
 FUSED = (TableQuantizer, UniformQuantizer)
+UNIFORM = (UniformQuantizer, DynamicQuantizer)
