@@ -182,13 +182,6 @@ void level_by_bucket(const Levels& levels, float* row, int64_t count, float sum)
   }
 }
 
-void level_by_grid(const Levels& levels, float* row, int64_t count, float sum) {
-  const float scale = levels.grid.scale, zero_point = levels.grid.zero_point;
-  const float max_code = levels.max_code;
-  for (int64_t i = 0; i < count; ++i)
-    row[i] = to_value(to_code(row[i] / sum, scale, zero_point, max_code), scale, zero_point);
-}
-
 // What turns exponentials into codes. See Note [one product for two quotients].
 struct RowCodes {
   Grid grid;
@@ -204,6 +197,10 @@ float safe_distance(const RowCodes& row) {
   // Where p or its quotient could be subnormal the error is no matter of ulp.
   if (!(row.grid.scale > 0x1p-60f && row.grid.scale < 0x1p60f)) return -1.0f;
   return 0.5f - (256.0f + absolute(row.grid.zero_point)) * 0x1p-20f;
+}
+
+float factor_of(const RowCodes& row) {
+  return static_cast<float>(1.0 / (static_cast<double>(row.sum) * row.grid.scale));
 }
 
 // What is known of a group's integers so far.
@@ -272,7 +269,7 @@ inline __attribute__((always_inline)) void write_block(const RowCodes& row, floa
 template <bool kDivide, class To>
 inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row, const float* e,
                                                           int64_t count, float& farthest, To* to) {
-  const auto factor = static_cast<float>(1.0 / (static_cast<double>(row.sum) * row.grid.scale));
+  const float factor = factor_of(row);
   GroupSums group;
   int64_t i = 0;
   for (; i + kRowPad <= count; i += kRowPad)
@@ -317,16 +314,53 @@ void code_row(const AttentionRows& work, int64_t r, const float* e, float sum, T
     write_codes<true>(out, row, e, work.keys, sums, to);
 }
 
+// The nearest values of the grid for kRowPad keys.
+template <bool kDivide>
+inline __attribute__((always_inline)) void write_value_block(const RowCodes& row, float factor,
+                                                             const float* e, GroupSums& group,
+                                                             float* to) {
+  Ints a[kParts];
+  if constexpr (kDivide) {
+    divide_block(row, e, a);
+  } else {
+    multiply_block(row, factor, e, group, a);
+  }
+  for_each_part([&](int64_t j) __attribute__((always_inline)) {
+    store((to_floats(a[j]) - row.grid.zero_point) * row.grid.scale, to + j * kVectorLanes);
+  });
+}
+
+// The largest square, as of write_group.
+template <bool kDivide>
+float write_values(const RowCodes& row, const float* e, int64_t keys, float* to) {
+  const float factor = factor_of(row);
+  GroupSums group;
+  int64_t i = 0;
+  for (; i + kRowPad <= keys; i += kRowPad)
+    write_value_block<kDivide>(row, factor, e + i, group, to + i);
+  if (i < keys) {
+    float last[kRowPad];
+    write_value_block<kDivide>(row, factor, e + i, group, last);
+    __builtin_memcpy(to + i, last, static_cast<size_t>(keys - i) * sizeof(float));
+  }
+  return largest_of(group.farthest);
+}
+
+void level_by_grid(const Levels& levels, const float* e, int64_t keys, float sum, float* to) {
+  const RowCodes row{levels.grid, levels.max_code, sum, 0};
+  const float safe = safe_distance(row);
+  if (!(safe > 0.0f && write_values<false>(row, e, keys, to) < safe * safe))
+    write_values<true>(row, e, keys, to);
+}
+
 void level_row(const Levels& levels, float* row, int64_t count, float sum) {
   switch (levels.kind) {
-    case LevelKind::none:
-      return divide(row, count, sum);
     case LevelKind::counted:
       return level_by_counting(levels, row, count, sum);
     case LevelKind::bucketed:
       return level_by_bucket(levels, row, count, sum);
-    case LevelKind::uniform:
-      return level_by_grid(levels, row, count, sum);
+    default:
+      return divide(row, count, sum);
   }
 }
 
@@ -336,13 +370,15 @@ void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
     return work.codes->wide != nullptr ? code_row(work, r, row, sum, work.codes->wide)
                                        : code_row(work, r, row, sum, work.codes->narrow);
   }
+  float* const scores = work.scores + r * work.stride;
   if (sum == sum) {
+    if (work.levels.kind == LevelKind::uniform)
+      return level_by_grid(work.levels, row, work.keys, sum, scores);
     level_row(work.levels, row, padded(work.keys), sum);
   } else {
     for (int64_t i = 0; i < work.keys; ++i) row[i] = work.levels.of_nan;
   }
-  __builtin_memcpy(work.scores + r * work.stride, row,
-                   static_cast<size_t>(work.keys) * sizeof(float));
+  __builtin_memcpy(scores, row, static_cast<size_t>(work.keys) * sizeof(float));
 }
 
 }  // namespace
