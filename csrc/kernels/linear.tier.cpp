@@ -1,17 +1,17 @@
 #include <csrc/kernels/linear_tile.h>
 
-#if defined(__AVX512BW__)
-#include <csrc/kernels/linear_vnni.h>
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512BW__)
 #include <csrc/kernels/linear_avx2.h>
 #endif
 
 namespace torchquant::avx2 {
 void packed_product(const PackedProduct& p);  // what the avx512 tier runs on a CPU without VNNI
 }
-namespace torchquant::avx512 {
-bool tile_product(const PackedProduct& p);  // linear_amx.tier.cpp; false where it does not serve
-}
+namespace torchquant::avx512 {             // in files of their own, as they compile for long
+bool amx_product(const PackedProduct& p);  // false where it does not serve
+void vnni_product_of_bytes(const PackedProduct& p);
+void vnni_product_of_words(const PackedProduct& p);
+}  // namespace torchquant::avx512
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -62,7 +62,8 @@ void run_scalar(const PackedProduct& p) {
 void packed_product(const PackedProduct& p) {
 #if defined(__AVX512BW__)
   if (p.tier == CpuTier::avx512) return avx2::packed_product(p);
-  if (p.tier != CpuTier::avx512_amx || !tile_product(p)) run_vnni(p);
+  if (p.tier == CpuTier::avx512_amx && amx_product(p)) return;
+  p.wide != nullptr ? vnni_product_of_words(p) : vnni_product_of_bytes(p);
 #elif defined(__AVX2__)
   run_avx2(p);
 #else

@@ -67,7 +67,9 @@ inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t ou
   for (int64_t o = 0; o < kTileOutputs; ++o) values[o] = g == 0 ? added[o] : values[o] + added[o];
 }
 
-inline void activate(Epilogue epilogue, float* __restrict__ y, int64_t count) {
+// Not inlined: every loop to outputs would have a copy.
+__attribute__((noinline)) inline void activate(Epilogue epilogue, float* __restrict__ y,
+                                               int64_t count) {
   if (epilogue == Epilogue::gelu) {
     for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
   } else if (epilogue == Epilogue::silu) {

@@ -19,15 +19,21 @@ inline __attribute__((always_inline)) void finish_group(const PackedProduct& p, 
   constexpr int64_t kStride = T * kTileOutputs;
   const bool last = g + 1 == p.weight.layout.groups, activates = p.epilogue != Epilogue::none;
   const auto for_each = [&](const auto& visit) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<Rows, int64_t>) {
+#pragma GCC unroll 1
+      for (int t = 0; t < T; ++t) {
+        const TileOutputs outputs(p, g, tile + t);
+#pragma GCC unroll 1
+        for (int64_t r = 0; r < rows; ++r)
+          visit(outputs, r, t, values + r * kStride + t * kTileOutputs);
+      }
+    } else {
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      const TileOutputs outputs(p, g, tile + t);
-      float* const value = values + t * kTileOutputs;
-      if constexpr (std::is_same_v<Rows, int64_t>) {
-        for (int64_t r = 0; r < rows; ++r) visit(outputs, r, t, value + r * kStride);
-      } else {
+      for (int t = 0; t < T; ++t) {
+        const TileOutputs outputs(p, g, tile + t);
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < Rows::value; ++r) visit(outputs, r, t, value + r * kStride);
+        for (int64_t r = 0; r < Rows::value; ++r)
+          visit(outputs, r, t, values + r * kStride + t * kTileOutputs);
       }
     }
   };
@@ -51,10 +57,11 @@ inline __attribute__((always_inline)) void finish_group(const PackedProduct& p, 
                always_inline)) { outputs.store(p, row + r, tile + t, _mm512_load_ps(from)); });
 }
 
-// The same of sums in memory, [rows, T * 16].
+// The same of sums in memory, [rows, T * 16]. Not cloned for numbers of rows.
 template <int T, class What>
-void finish_stored(const PackedProduct& all, int64_t g, int64_t tile, int64_t row, int64_t rows,
-                   const int32_t* sums, float* values) {
+__attribute__((noinline, noclone)) void finish_stored(const PackedProduct& all, int64_t g,
+                                                      int64_t tile, int64_t row, int64_t rows,
+                                                      const int32_t* sums, float* values) {
   PackedProduct p = all;  // copied: stores to `out` could change what is behind a reference
   What::know(p);
   const auto d = [sums](int64_t r, int64_t t) __attribute__((always_inline)) {
@@ -119,11 +126,6 @@ void run_rows(const PackedProduct& p, const Codes& codes, int64_t tile, int64_t 
   run_by_memory<1, T, kWide>(p, codes, tile, row);
 }
 
-template <int T, class Codes>
-void run_tiles(const PackedProduct& p, const Codes& codes, int64_t tile) {
-  p.wide != nullptr ? run_rows<T, true>(p, codes, tile, 0) : run_rows<T, false>(p, codes, tile, 0);
-}
-
 constexpr int64_t kPanelRows = 8;  // in registers, with kPanelTiles; from here on panels pay
 constexpr int kPanelTiles = 3;
 
@@ -167,37 +169,39 @@ void run_panels(const PackedProduct& p) {
   free(lines);
 }
 
-template <class Format, int kTiles = 4>
+template <bool kWide, class Format, int kTiles = 4>
 void run_format(const PackedProduct& p) {
   if (is_multiplied<Format> ? p.starts == nullptr : p.rows >= kPanelRows)
-    return p.wide != nullptr ? run_panels<Format, true>(p) : run_panels<Format, false>(p);
+    return run_panels<Format, kWide>(p);
   int64_t tile = p.first_tile;
   // For one row the weights are read once: in the order in which they lie.
   for (; p.rows > 1 && tile + kTiles <= p.last_tile; tile += kTiles)
-    run_tiles<kTiles>(p, Format(p.weight, tile), tile);
-  for (; tile < p.last_tile; ++tile) run_tiles<1>(p, Format(p.weight, tile), tile);
+    run_rows<kTiles, kWide>(p, Format(p.weight, tile), tile, 0);
+  for (; tile < p.last_tile; ++tile) run_rows<1, kWide>(p, Format(p.weight, tile), tile, 0);
 }
 
-template <template <int> class Codes>
+template <bool kWide, template <int> class Codes>
 void run_vnni_codes(const PackedProduct& p) {
   switch (p.weight.layout.bits) {
     case 2:
-      return run_format<Codes<2>>(p);
+      return run_format<kWide, Codes<2>>(p);
     case 3:
-      return run_format<Codes<3>>(p);
+      return run_format<kWide, Codes<3>>(p);
     case 4:
-      return run_format<Codes<4>>(p);
+      return run_format<kWide, Codes<4>>(p);
     default:
-      return run_format<UniformCodes<8>>(p);
+      return run_format<kWide, UniformCodes<8>>(p);
   }
 }
 
+template <bool kWide>
 void run_vnni(const PackedProduct& p) {
   const PackedWeight& w = p.weight;
   if (w.levels != nullptr)
-    return w.level_stride == 0 ? run_format<SharedLevels>(p) : run_format<RowLevels, 1>(p);
-  w.multipliers.values != nullptr ? run_vnni_codes<MultipliedCodes>(p)
-                                  : run_vnni_codes<UniformCodes>(p);
+    return w.level_stride == 0 ? run_format<kWide, SharedLevels>(p)
+                               : run_format<kWide, RowLevels, 1>(p);
+  w.multipliers.values != nullptr ? run_vnni_codes<kWide, MultipliedCodes>(p)
+                                  : run_vnni_codes<kWide, UniformCodes>(p);
 }
 
 }  // namespace
