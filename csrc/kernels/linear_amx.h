@@ -44,8 +44,6 @@ struct Activations {
   const uint8_t* lower;  // null: bytes
 };
 
-alignas(64) constexpr int32_t kNoSums[kSumStride] = {};
-
 // The sums of a chunk of rows, and the way from there to outputs.
 class AmxSums {
  protected:
@@ -54,20 +52,27 @@ class AmxSums {
   // From the sums in `place`.
   template <int T>
   void finish_rows(int64_t i, int64_t g, int64_t place) {
-    if (a_.lower != nullptr) return finish<T, true, Anything>(i, g, place);
-    with_plain(p_, [&](auto what) { finish<T, false, decltype(what)>(i, g, place); });
+    with_bool(row_blocks_[i].tiles == 1, [&](auto halves) {
+      if (a_.lower != nullptr)
+        return finish<T, true, decltype(halves)::value, Anything>(i, g, place);
+      with_plain(p_, [&](auto what) {
+        finish<T, false, decltype(halves)::value, decltype(what)>(i, g, place);
+      });
+    });
   }
 
-  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums,
-                                                              const int32_t* rest) {
-    return _mm512_add_epi32(_mm512_load_si512(sums), _mm512_load_si512(rest));
+  template <bool kHalves>
+  static inline __attribute__((always_inline)) __m512i sum_of(const int32_t* sums) {
+    const __m512i sum = _mm512_load_si512(sums);
+    if (!kHalves) return sum;
+    return _mm512_add_epi32(sum, _mm512_load_si512(sums + kTileRows * kSumStride));
   }
 
   // Rows of a block whose sums are there. One tile of rows has half of each in the second tile.
-  template <int T, bool kWide, class What>
+  template <int T, bool kWide, bool kHalves, class What>
   void finish(int64_t i, int64_t g, int64_t place) {
     const RowBlock rows = row_blocks_[i];
-    const int64_t tiles = rows.tiles;
+    const int64_t tiles = kHalves ? 1 : 2;
     PackedProduct p = p_;  // copied: stores to `out` could change what is behind a reference
     What::know(p);
     const bool last_group = g + 1 == p.weight.layout.groups;
@@ -76,9 +81,6 @@ class AmxSums {
     const TileOutputs outputs[2] = {{p, g, tile_}, {p, g, tile_ + T - 1}};
     const int32_t* sums = sums_ + place * kBlockSums + (rows.fresh - rows.first) * kSumStride;
     const int32_t* lower = lower_sums_ + (sums - sums_);
-    const int64_t second = kTileRows * kSumStride, rest_stride = tiles == 2 ? 0 : kSumStride;
-    const int32_t* rest = tiles == 2 ? kNoSums : sums + second;
-    const int32_t* lower_rest = tiles == 2 ? kNoSums : lower + second;
     constexpr int64_t kStride = T * kTileOutputs;
     float* const first = values_ + rows.fresh * kStride;
     with_bool(last_group && !activates, [&](auto stores) __attribute__((always_inline)) {
@@ -87,10 +89,10 @@ class AmxSums {
         const __m512i start = _mm512_set1_epi32(start_of(p, g, row));
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t) {
-          __m512i d = sum_of(sums + t * kTileOutputs, rest + t * kTileOutputs);
+          __m512i d = sum_of<kHalves>(sums + t * kTileOutputs);
           if (kWide)
             d = _mm512_add_epi32(_mm512_slli_epi32(d, 8),
-                                 sum_of(lower + t * kTileOutputs, lower_rest + t * kTileOutputs));
+                                 sum_of<kHalves>(lower + t * kTileOutputs));
           d = _mm512_add_epi32(d, start);
           __m512 value = outputs[t].value(p, g, row, d, values + t * kTileOutputs);
           if (last_group) value = outputs[t].scaled(p, row, value);
@@ -102,8 +104,6 @@ class AmxSums {
         }
         sums += kSumStride;
         lower += kSumStride;
-        rest += rest_stride;
-        lower_rest += rest_stride;
         values += kStride;
       }
     });
