@@ -120,9 +120,11 @@ int64_t tokens_per_chunk(int64_t columns) {
   return std::clamp<int64_t>(kChunkBytes / (4 * std::max<int64_t>(columns, 1)), 64, kTokensPerSum);
 }
 
-// Rows first .. of [M, K], at most count of them, as a contiguous matrix of gram's dtype.
+// Rows first .. of [M, K], at most count of them, as a contiguous matrix of gram's dtype. A single
+// row or column is contiguous at any stride, which a BLAS call would depend on.
 at::Tensor chunk_of(const at::Tensor& x, int64_t first, int64_t count, const at::Tensor& gram) {
-  return x.narrow(0, first, std::min(count, x.size(0) - first)).to(gram.scalar_type()).contiguous();
+  const at::Tensor rows = x.narrow(0, first, std::min(count, x.size(0) - first));
+  return rows.to(gram.scalar_type()).contiguous().view(-1).view(rows.sizes());
 }
 
 void gram_accumulate_(const at::Tensor& gram,  // [K, K]
