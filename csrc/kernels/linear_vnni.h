@@ -10,64 +10,72 @@
 namespace torchquant {
 namespace {
 
-// Sums of group g, d(r, t), of some rows and T tiles to values [rows, T * 16], and those of the
-// last group to outputs.
-template <int T, class Rows, class Sums>
+// Sums of group g, d(r, t), to `values`, and those of the last group to outputs. for_each calls its
+// argument with every tile's outputs, r, t and the place of a tile's values.
+template <class ForEach, class Sums>
 inline __attribute__((always_inline)) void finish_group(const PackedProduct& p, int64_t g,
-                                                        int64_t tile, int64_t row, Rows rows,
-                                                        const Sums& d, float* values) {
-  constexpr int64_t kStride = T * kTileOutputs;
+                                                        int64_t tile, int64_t row,
+                                                        const ForEach& for_each, const Sums& d,
+                                                        float* values, int64_t count) {
   const bool last = g + 1 == p.weight.layout.groups, activates = p.epilogue != Epilogue::none;
-  const auto for_each = [&](const auto& visit) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<Rows, int64_t>) {
-#pragma GCC unroll 1
-      for (int t = 0; t < T; ++t) {
-        const TileOutputs outputs(p, g, tile + t);
-#pragma GCC unroll 1
-        for (int64_t r = 0; r < rows; ++r)
-          visit(outputs, r, t, values + r * kStride + t * kTileOutputs);
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const TileOutputs outputs(p, g, tile + t);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < Rows::value; ++r)
-          visit(outputs, r, t, values + r * kStride + t * kTileOutputs);
-      }
-    }
-  };
-  const auto value = [&](const TileOutputs& outputs, int64_t r, int t, const float* before)
+  const auto value = [&](const TileOutputs& outputs, int64_t r, int64_t t, const float* before)
                          __attribute__((always_inline)) {
                            const __m512 y = outputs.value(p, g, row + r, d(r, t), before);
                            return last ? outputs.scaled(p, row + r, y) : y;
                          };
   if (last && !activates) {
-    for_each([&](const TileOutputs& outputs, int64_t r, int t, const float* before)
+    for_each([&](const TileOutputs& outputs, int64_t r, int64_t t, const float* before)
                  __attribute__((always_inline)) {
                    outputs.store(p, row + r, tile + t, value(outputs, r, t, before));
                  });
     return;
   }
-  for_each([&](const TileOutputs& outputs, int64_t r, int t, float* to)
+  for_each([&](const TileOutputs& outputs, int64_t r, int64_t t, float* to)
                __attribute__((always_inline)) { _mm512_store_ps(to, value(outputs, r, t, to)); });
   if (!last) return;
-  activate(p.epilogue, values, rows * kStride);
-  for_each([&](const TileOutputs& outputs, int64_t r, int t, const float* from) __attribute__((
+  activate(p.epilogue, values, count);
+  for_each([&](const TileOutputs& outputs, int64_t r, int64_t t, const float* from) __attribute__((
                always_inline)) { outputs.store(p, row + r, tile + t, _mm512_load_ps(from)); });
 }
 
-// The same of sums in memory, [rows, T * 16]. Not cloned for numbers of rows.
-template <int T, class What>
+// Sums of some rows and tiles in memory, [rows, tiles * 16], and room for their values.
+struct StoredSums {
+  int64_t rows;
+  int64_t tiles;
+  const int32_t* sums;
+  float* values;
+};
+
+// Not cloned for numbers of rows and tiles.
+template <class What>
 __attribute__((noinline, noclone)) void finish_stored(const PackedProduct& all, int64_t g,
-                                                      int64_t tile, int64_t row, int64_t rows,
-                                                      const int32_t* sums, float* values) {
+                                                      int64_t tile, int64_t row,
+                                                      const StoredSums& stored) {
   PackedProduct p = all;  // copied: stores to `out` could change what is behind a reference
   What::know(p);
-  const auto d = [sums](int64_t r, int64_t t) __attribute__((always_inline)) {
-    return _mm512_load_si512(sums + (r * T + t) * kTileOutputs);
+  const int64_t rows = stored.rows, tiles = stored.tiles;
+  const auto for_each = [&](const auto& visit) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (int64_t t = 0; t < tiles; ++t) {
+      const TileOutputs outputs(p, g, tile + t);
+#pragma GCC unroll 1
+      for (int64_t r = 0; r < rows; ++r)
+        visit(outputs, r, t, stored.values + (r * tiles + t) * kTileOutputs);
+    }
   };
-  finish_group<T>(p, g, tile, row, rows, d, values);
+  const auto d = [&](int64_t r, int64_t t) __attribute__((always_inline)) {
+    return _mm512_load_si512(stored.sums + (r * tiles + t) * kTileOutputs);
+  };
+  finish_group(p, g, tile, row, for_each, d, stored.values, rows * tiles * kTileOutputs);
+}
+
+using FinishStored = void (*)(const PackedProduct&, int64_t g, int64_t tile, int64_t row,
+                              const StoredSums&);
+
+__attribute__((noinline)) FinishStored stored_finisher(const PackedProduct& p) {
+  FinishStored finish = nullptr;
+  with_plain(p, [&](auto what) { finish = finish_stored<decltype(what)>; });
+  return finish;
 }
 
 // R rows at a time, by way of memory: the code for finishing them is there only once. Not inlined,
@@ -77,6 +85,8 @@ __attribute__((noinline)) void run_by_memory(const PackedProduct& p, const Codes
                                              int64_t tile, int64_t& row) {
   alignas(64) int32_t sums[R][T][kTileOutputs];
   alignas(64) float values[R * T * kTileOutputs];
+  const StoredSums stored{R, T, sums[0][0], values};
+  const FinishStored finish = stored_finisher(p);
   for (; row + R <= p.rows; row += R) {
     for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
       using Tile = VnniTile<R, T, Codes, kWide>;
@@ -85,9 +95,7 @@ __attribute__((noinline)) void run_by_memory(const PackedProduct& p, const Codes
       Tile::for_each_sum([&](int r, int t) __attribute__((always_inline)) {
         _mm512_store_si512(sums[r][t], d[r][t]);
       });
-      with_plain(p, [&](auto what) {
-        finish_stored<T, decltype(what)>(p, g, tile, row, R, sums[0][0], values);
-      });
+      finish(p, g, tile, row, stored);
     }
   }
 }
@@ -103,8 +111,16 @@ void run_in_registers(const PackedProduct& all, const Panel& panel, int64_t tile
     for (int64_t g = 0; g < p.weight.layout.groups; ++g) {
       __m512i d[R][T];
       VnniTile<R, T, Panel, false>{p, panel, at, tile}.sum(g, d);
-      const auto sum = [&](int64_t r, int t) __attribute__((always_inline)) { return d[r][t]; };
-      finish_group<T>(p, g, tile, at, std::integral_constant<int64_t, R>(), sum, values);
+      const auto sum = [&](int64_t r, int64_t t) __attribute__((always_inline)) { return d[r][t]; };
+      const auto for_each = [&](const auto& visit) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const TileOutputs outputs(p, g, tile + t);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) visit(outputs, r, t, values + (r * T + t) * kTileOutputs);
+        }
+      };
+      finish_group(p, g, tile, at, for_each, sum, values, R * T * kTileOutputs);
     }
   }
   row = at;
