@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <csrc/core/check.h>
 #include <csrc/core/parallel.h>
+#include <csrc/core/strided.h>
 #include <csrc/kernels/attention_levels.h>
 #include <csrc/kernels/attention_operand.h>
 #include <torch/library.h>
@@ -99,11 +100,7 @@ class Mask {
   }
   void apply_to(AttentionRows& work, int64_t head, int64_t first_row) const {
     if (!mask_.defined()) return;
-    int64_t offset = first_row * mask_.stride(-2);
-    for (int64_t d = mask_.dim() - 3; d >= 0; --d) {
-      offset += head % mask_.size(d) * mask_.stride(d);
-      head /= mask_.size(d);
-    }
+    const int64_t offset = matrix_offset(mask_, head) + first_row * mask_.stride(-2);
     work.mask_stride = mask_.stride(-2);
     if (mask_.scalar_type() == at::kBool) {
       work.allowed = mask_.const_data_ptr<bool>() + offset;

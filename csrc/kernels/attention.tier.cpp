@@ -3,6 +3,7 @@
 #include <csrc/core/lanes.h>
 #include <csrc/core/vectors.h>
 #include <csrc/kernels/attention_widen.h>
+#include <csrc/kernels/linear_plain.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -235,6 +236,21 @@ inline __attribute__((always_inline)) void multiply_block(const RowCodes& row, f
   });
 }
 
+template <bool kDivide>
+inline __attribute__((always_inline)) void block_integers(const RowCodes& row, float factor,
+                                                          const float* e, GroupSums& group,
+                                                          Ints (&a)[kParts]) {
+  kDivide ? divide_block(row, e, a) : multiply_block(row, factor, e, group, a);
+}
+
+// write(by division?) writes a row and returns the largest square of a distance from a whole
+// number.
+template <class Write>
+void write_safely(const RowCodes& row, const Write& write) {
+  const float safe = safe_distance(row);
+  if (!(safe > 0.0f && write(Known<false>()) < safe * safe)) write(Known<true>());
+}
+
 // Integers of kRowPad keys, zeros behind the first `count`. Note [bytes before words]: every
 // integer of a code fits in a byte. Where products want 16 bits their order is that of the bytes'
 // even and odd halves, so that bytes are made first.
@@ -243,11 +259,7 @@ inline __attribute__((always_inline)) void write_block(const RowCodes& row, floa
                                                        const float* e, int32_t count,
                                                        GroupSums& group, To* to) {
   Ints a[kParts];
-  if constexpr (kDivide) {
-    divide_block(row, e, a);
-  } else {
-    multiply_block(row, factor, e, group, a);
-  }
+  block_integers<kDivide>(row, factor, e, group, a);
   if (count < kRowPad) {
     int32_t integers[kRowPad];
     for_each_part([&](int64_t j) { store(a[j], integers + j * kVectorLanes); });
@@ -309,9 +321,9 @@ void code_row(const AttentionRows& work, int64_t r, const float* e, float sum, T
   out.zero[r] = row.grid.zero_point - static_cast<float>(row.shift);
   to += r * padded(work.keys);
   int32_t* const sums = out.sums + r * out.groups;
-  const float safe = safe_distance(row);
-  if (!(safe > 0.0f && write_codes<false>(out, row, e, work.keys, sums, to) < safe * safe))
-    write_codes<true>(out, row, e, work.keys, sums, to);
+  write_safely(row, [&](auto divides) {
+    return write_codes<decltype(divides)::value>(out, row, e, work.keys, sums, to);
+  });
 }
 
 // The nearest values of the grid for kRowPad keys.
@@ -320,11 +332,7 @@ inline __attribute__((always_inline)) void write_value_block(const RowCodes& row
                                                              const float* e, GroupSums& group,
                                                              float* to) {
   Ints a[kParts];
-  if constexpr (kDivide) {
-    divide_block(row, e, a);
-  } else {
-    multiply_block(row, factor, e, group, a);
-  }
+  block_integers<kDivide>(row, factor, e, group, a);
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
     store((to_floats(a[j]) - row.grid.zero_point) * row.grid.scale, to + j * kVectorLanes);
   });
@@ -348,20 +356,26 @@ float write_values(const RowCodes& row, const float* e, int64_t keys, float* to)
 
 void level_by_grid(const Levels& levels, const float* e, int64_t keys, float sum, float* to) {
   const RowCodes row{levels.grid, levels.max_code, sum, 0};
-  const float safe = safe_distance(row);
-  if (!(safe > 0.0f && write_values<false>(row, e, keys, to) < safe * safe))
-    write_values<true>(row, e, keys, to);
+  write_safely(
+      row, [&](auto divides) { return write_values<decltype(divides)::value>(row, e, keys, to); });
 }
 
-void level_row(const Levels& levels, float* row, int64_t count, float sum) {
+void level_row(const Levels& levels, float* row, int64_t keys, float sum, float* to) {
+  const int64_t count = padded(keys);
   switch (levels.kind) {
+    case LevelKind::none:
+      divide(row, count, sum);
+      break;
     case LevelKind::counted:
-      return level_by_counting(levels, row, count, sum);
+      level_by_counting(levels, row, count, sum);
+      break;
     case LevelKind::bucketed:
-      return level_by_bucket(levels, row, count, sum);
-    default:
-      return divide(row, count, sum);
+      level_by_bucket(levels, row, count, sum);
+      break;
+    case LevelKind::uniform:
+      return level_by_grid(levels, row, keys, sum, to);
   }
+  __builtin_memcpy(to, row, static_cast<size_t>(keys) * sizeof(float));
 }
 
 // What becomes of exponentials and their sum.
@@ -371,14 +385,8 @@ void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
                                        : code_row(work, r, row, sum, work.codes->narrow);
   }
   float* const scores = work.scores + r * work.stride;
-  if (sum == sum) {
-    if (work.levels.kind == LevelKind::uniform)
-      return level_by_grid(work.levels, row, work.keys, sum, scores);
-    level_row(work.levels, row, padded(work.keys), sum);
-  } else {
-    for (int64_t i = 0; i < work.keys; ++i) row[i] = work.levels.of_nan;
-  }
-  __builtin_memcpy(scores, row, static_cast<size_t>(work.keys) * sizeof(float));
+  if (sum == sum) return level_row(work.levels, row, work.keys, sum, scores);
+  for (int64_t i = 0; i < work.keys; ++i) scores[i] = work.levels.of_nan;
 }
 
 }  // namespace

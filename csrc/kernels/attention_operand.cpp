@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <csrc/core/check.h>
 #include <csrc/core/parallel.h>
+#include <csrc/core/strided.h>
 #include <csrc/kernels/attention_levels.h>
 #include <csrc/kernels/prepacked.h>
 
@@ -29,12 +30,7 @@ int32_t origin_of(float zero_point) {
 
 // Where row `first` of one head begins.
 int64_t offset_of(const at::Tensor& x, int64_t head, int64_t first) {
-  int64_t offset = first * x.stride(-2);
-  for (int64_t d = x.dim() - 3; d >= 0; --d) {
-    offset += head % x.size(d) * x.stride(d);
-    head /= x.size(d);
-  }
-  return offset;
+  return matrix_offset(x, head) + first * x.stride(-2);
 }
 
 // Codes, each row on its own grid.

@@ -13,6 +13,7 @@
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
 #include <csrc/core/quantization.h>
+#include <csrc/core/strided.h>
 #include <csrc/quantizers/uniform.h>
 #include <csrc/quantizers/uniform_activations.h>
 #include <torch/library.h>
@@ -150,7 +151,8 @@ class DynamicRows {
       bool own = true;
       UniformRows work = work_;
       work.rows = std::min(step, near - first);
-      work.x = x_.const_data_ptr<float>() + offset_of(chunk / parts) + first * work.row_stride;
+      work.x =
+          x_.const_data_ptr<float>() + matrix_offset(x_, chunk / parts) + first * work.row_stride;
       work.finite = &own;
       fill(work, chunk / parts * near + first);
       uniform_encode_rows(work);
@@ -160,16 +162,6 @@ class DynamicRows {
   }
 
  private:
-  // Of the rows with the same indices ahead of the last two dimensions.
-  int64_t offset_of(int64_t index) const {
-    int64_t offset = 0;
-    for (int64_t d = x_.dim() - 3; d >= 0; --d) {
-      offset += index % x_.size(d) * x_.stride(d);
-      index /= x_.size(d);
-    }
-    return offset;
-  }
-
   at::Tensor x_;
   int64_t columns_;
   UniformRows work_{};
