@@ -20,7 +20,7 @@ SECTIONS: dict[str, Callable[..., tuple[list[Result], str]]] = {
     "conv": bench_conv.run,
     "networks": bench_networks.run,
 }
-ACTIVATIONS = ("erq", "histogram", "sulq", "subset")  # of CASES: in a table behind that of the weights
+ACTIVATIONS = ("dynamic", "erq", "histogram", "sulq", "subset")  # of CASES: in a table behind that of the weights
 TABLES = {"results": [name for name in CASES if name not in ACTIVATIONS], "activations": list(ACTIVATIONS)}
 CHOICES = (*CASES, *SECTIONS)
 ROUNDS = 7

@@ -1,4 +1,5 @@
-"""Ranges of activation quantizers: one pass into a histogram against torch.quantile, as published codes use it."""
+"""Ranges of activation quantizers: one pass into a histogram against torch.quantile, as published codes use it; those
+of every token at run time against torch's own operators."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,7 +7,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from torchquant.quantizers import uniform_dequantize, uniform_quantize
+from torchquant.quantizers import (
+    dynamic_fake_quantize,
+    dynamic_quantize,
+    uniform_dequantize,
+    uniform_fit,
+    uniform_quantize,
+)
 from torchquant.statistics import exact_quantile, histogram_accumulate_, histogram_range, new_histogram
 
 from .harness import Contest, Floor, Peer, check
@@ -19,6 +26,8 @@ QUANTILE_LIMIT = 1 << 24  # elements that torch.quantile takes
 BIN_WIDTH = 2.0**-5  # of the default histogram, relative
 ACTIVATIONS: tuple[Shape, ...] = ((8192, 8192),)  # 64 M values: the inputs of one layer in calibration
 TARGET = 20.0
+TOKENS: tuple[Shape, ...] = ((197, 384), (197, 1536), (1182, 64))  # of DeiT-S: to linear layers; q, k, v of all heads
+TOKEN_BITS = 8
 
 Grid = tuple[Tensor, Tensor]  # scale, zero_point
 
@@ -120,4 +129,46 @@ def histogram(shape: Shape) -> Iterator[Contest]:
         ],
         floor,
         check_mse(x, by_error()),
+    )
+
+
+def tokens_by_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point by the formula, as dynamic quantization is mostly written."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    top = 2**TOKEN_BITS - 1
+    scale = (high - low) / top
+    zero_point = torch.round(-low / scale)
+    return torch.round(x / scale + zero_point).clamp_(0, top).to(torch.uint8), scale, zero_point
+
+
+def tokens_in_two_steps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero_point = uniform_fit(x, bits=TOKEN_BITS, granularity="token")
+    return uniform_quantize(x, scale, zero_point, bits=TOKEN_BITS), scale, zero_point
+
+
+def check_tokens(x: Tensor) -> None:
+    ours, wanted = dynamic_quantize(x, TOKEN_BITS), tokens_in_two_steps(x)
+    same = all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+    check(same, "dynamic: other codes or grids than uniform_fit and uniform_quantize")
+    values = torch.equal(dynamic_fake_quantize(x, TOKEN_BITS), uniform_dequantize(*ours))
+    check(values, "dynamic: other values than uniform_dequantize")
+
+
+def dynamic(shape: Shape) -> Iterator[Contest]:
+    x = make_activations(shape)
+    check_tokens(x)
+    yield Contest(
+        "dynamic, codes of tokens",
+        label(shape, shape),
+        lambda: dynamic_quantize(x, TOKEN_BITS),
+        [
+            Peer("torch: the formula", lambda: tokens_by_torch(x)),
+            Peer("uniform_fit, then uniform_quantize", lambda: tokens_in_two_steps(x)),
+        ],
+    )
+    yield Contest(
+        "dynamic, values of tokens",
+        label(shape, shape),
+        lambda: dynamic_fake_quantize(x, TOKEN_BITS),
+        [Peer("uniform_fit, then both ways", lambda: uniform_dequantize(*tokens_in_two_steps(x)))],
     )

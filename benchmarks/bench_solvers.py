@@ -10,7 +10,7 @@ from torchquant.solvers.portfolio import portfolio_quantize
 from torchquant.statistics import gram_accumulate_
 
 from . import peers
-from .bench_activations import ACTIVATIONS, histogram
+from .bench_activations import ACTIVATIONS, TOKENS, dynamic, histogram
 from .bench_erq import erq
 from .bench_magr import magr, prox
 from .bench_subset import CHANNELS, subset
@@ -228,13 +228,19 @@ CASES: dict[str, Callable[[Shape], Contest | Iterator[Contest]] | Callable[[int]
     "magr": magr,
     "prox": prox,
     "erq": erq,
+    "dynamic": dynamic,
     "histogram": histogram,
     "sulq": sulq,
     "subset": subset,
     "auto": auto,
 }
 # Of cases that have no layer.
-OWN_SHAPES: dict[str, Sequence[Shape]] = {"histogram": ACTIVATIONS, "sulq": SOFTMAXES, "subset": CHANNELS}
+OWN_SHAPES: dict[str, Sequence[Shape]] = {
+    "dynamic": TOKENS,
+    "histogram": ACTIVATIONS,
+    "sulq": SOFTMAXES,
+    "subset": CHANNELS,
+}
 
 
 def contests(case: str, shapes: Sequence[Shape] | None) -> Iterator[Contest]:

@@ -29,7 +29,20 @@ def test_every_shaped_case_runs_and_is_written_between_the_markers(tmp_path: Pat
 
     page, data = tmp_path / "page.md", tmp_path / "data.json"
     page.write_text("before\n" + section("results", "old") + "between\n" + section("activations", "old") + "after\n")
-    cases = ["gram", "comq", "greedy", "comq-default", "gptq", "magr", "prox", "erq", "histogram", "sulq", "subset"]
+    cases = [
+        "gram",
+        "comq",
+        "greedy",
+        "comq-default",
+        "gptq",
+        "magr",
+        "prox",
+        "erq",
+        "dynamic",
+        "histogram",
+        "sulq",
+        "subset",
+    ]
     assert main([*cases, "--shape", "40x24", "--rounds", "2", "--write", str(page), "--json", str(data)]) == 0
 
     text = page.read_text()
