@@ -165,6 +165,27 @@ class PackedLinear(nn.Module):
         )
 
 
+class Layers(nn.Module):
+    """Operators of two layers: an MLP and attention with its projections, three heads of four channels."""
+
+    def forward(self, rows: Tensor, weight: Tensor) -> list[Tensor]:
+        codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight[:36], bits=4)
+        wide, wide_grid, none = torch.ops.torchquant.linear_prepack(codes, scale, zero_point, bits=4)
+        narrow, narrow_grid, none = torch.ops.torchquant.linear_prepack(
+            codes[:, :36], scale, zero_point, bits=4, levels=None
+        )
+        step, zero = torch.ops.torchquant.uniform_fit(weight, bits=8)
+        first, second = [wide, wide_grid, none, none, none, none], [narrow, narrow_grid, none, none, step, zero]
+        y = torch.ops.torchquant.quantized_mlp(rows, first, [4, 40, 36, 0, 16], second, [4, 36, 36, 0, 8])
+        heads, _, _ = torch.ops.torchquant.linear_prepack(codes[:, :12].contiguous(), scale, zero_point, bits=4)
+        out = [heads, narrow_grid, none, none, step, zero]
+        z = torch.ops.torchquant.quantized_self_attention(
+            rows.unsqueeze(0), first, [4, 40, 36, 0, 16], out, [4, 12, 36, 0, 8], [step, step, step],
+            [zero, zero, zero], 8, [step, zero], 8, num_heads=3,
+        )  # fmt: skip
+        return [y, z]
+
+
 class IntegerScales(nn.Module):
     def forward(self, weight: Tensor, _x: Tensor) -> Tensor:
         codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight, bits=4, group_size=8)
@@ -209,6 +230,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
     PackedLinear: ("linear_prepack", "quantized_linear"),
+    Layers: ("quantized_mlp", "quantized_self_attention"),
     IntegerScales: ("integer_group_scales",),
     PackedConv: ("conv_prepack", "quantized_conv2d"),
     LayerNorm: ("quantized_layer_norm",),

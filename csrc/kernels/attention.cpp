@@ -9,6 +9,7 @@
 #include <csrc/core/strided.h>
 #include <csrc/kernels/attention_levels.h>
 #include <csrc/kernels/attention_operand.h>
+#include <csrc/kernels/operators.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -303,6 +304,8 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
   return codes || grids.output.has_value() ? out : out.to(q.scalar_type());
 }
 
+}  // namespace
+
 at::Tensor quantized_attention(const at::Tensor& q,                       // [..., L, D]
                                const at::Tensor& k,                       // [..., S, D]
                                const at::Tensor& v,                       // [..., S, Dv]
@@ -347,8 +350,6 @@ at::Tensor quantized_attention(const at::Tensor& q,                       // [..
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1))));
   return attention_of(q, k, v, mask, grids, table.levels, factor, is_causal);
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(

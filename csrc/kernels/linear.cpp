@@ -9,6 +9,7 @@
 #include <csrc/core/parallel.h>
 #include <csrc/kernels/integer_input.h>
 #include <csrc/kernels/linear_cuda.h>
+#include <csrc/kernels/operators.h>
 #include <csrc/kernels/output_grid.h>
 #include <csrc/kernels/prepacked.h>
 #include <torch/library.h>
@@ -162,16 +163,16 @@ at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
   return keep_type ? rows.contiguous() : rows.to(at::kFloat).contiguous();
 }
 
+}  // namespace
+
 at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
-                            const std::optional<at::Tensor>& bias, int64_t bits,
-                            int64_t in_features, int64_t out_features, int64_t group_size,
-                            const std::optional<at::Tensor>& levels,
-                            const std::optional<at::Tensor>& input_scale,
-                            const std::optional<at::Tensor>& input_zero_point, int64_t input_bits,
-                            std::string_view activation, const std::optional<at::Tensor>& residual,
-                            const std::optional<at::Tensor>& output_scale,
-                            const std::optional<at::Tensor>& output_zero_point,
-                            int64_t output_bits) {
+                            const OptionalTensor& bias, int64_t bits, int64_t in_features,
+                            int64_t out_features, int64_t group_size, const OptionalTensor& levels,
+                            const OptionalTensor& input_scale,
+                            const OptionalTensor& input_zero_point, int64_t input_bits,
+                            std::string_view activation, const OptionalTensor& residual,
+                            const OptionalTensor& output_scale,
+                            const OptionalTensor& output_zero_point, int64_t output_bits) {
   check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits};
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
@@ -234,8 +235,6 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   const at::Tensor y = out.view(shape);
   return codes || output.given() ? y : y.to(x.scalar_type());
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(

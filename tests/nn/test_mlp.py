@@ -10,6 +10,8 @@ from torch import nn
 
 from torchquant import load, save
 from torchquant.nn.mlp import QMlp, QSequentialMlp, fuse_mlps
+from torchquant.nn.quantizers import DynamicQuantizer
+from torchquant.nn.repeat import OperatorCalls
 
 
 class Mlp(nn.Module):
@@ -86,12 +88,13 @@ def test_the_same_as_one_by_one(name, scheme):
 
 def test_codes_travel():
     model = quantized(Mlp)
-    seen = []
-    model[0].fc2.packed, packed = lambda x: seen.append(x) or packed(x), model[0].fc2.packed
-    model(inputs()[0])
-    quantizer = model[0].fc2.input_quantizer
-    floats = model[0].fc1.packed(inputs()[0], "gelu")
-    assert_same(seen[0], quantizer.codes(floats))
+    x, (fc1, fc2) = inputs()[0], (model[0].fc1, model[0].fc2)
+    with torch.no_grad(), OperatorCalls() as seen:
+        found = model[0](x)
+    assert [call[0].__name__ for call in seen.calls] == ["quantized_mlp.default"]
+    assert_same(found, fc2.packed(fc2.input_quantizer.codes(fc1.packed(x, "gelu"))))
+    fc2.input_quantizer = DynamicQuantizer(8)
+    assert_same(model[0](x), fc2(fc1.packed(x, "gelu")))
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from .attention_product import QAttention
 from .base import hooked
+from .repeat import RepeatedCall
 
 
-class QSelfAttention(nn.Module):
+class QSelfAttention(RepeatedCall):
     """Self-attention with one projection for q, k and v, and what timm's ``Attention`` may have besides."""
 
     def __init__(self, module: Any) -> None:
@@ -34,9 +35,8 @@ class QSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         batch, tokens, _ = x.shape
-        grids = self.code_grids(x, attn_mask)
-        if grids is not None:
-            return self.fused(x, grids, attn_mask, is_causal)
+        if self.takes_codes(x, attn_mask):
+            return self.fused(x, attn_mask, is_causal)
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
@@ -46,32 +46,32 @@ class QSelfAttention(nn.Module):
             mixed = mixed * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(mixed))
 
-    def code_grids(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Those of ``product`` where codes can travel: every part is quantized, and nobody observes or changes what
-        lies between them."""
+    def takes_codes(self, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether codes can travel from one part to the next: every part has its grids, and nobody observes or changes
+        what lies between them."""
         qkv, product, proj = self.qkv, self.product, self.proj
         if self.training or self.between:
-            return None
+            return False
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out what stands under this condition alone)
             if hooked(qkv) or hooked(product) or hooked(proj):
-                return None
+                return False
         if hasattr(qkv, "kernel_weight") and hasattr(proj, "kernel_weight"):  # noqa: SIM102
-            if qkv.runs_packed(x) and proj.kernel_weight.numel() > 0 and product.fits(x, x, x, mask):
-                return self.product.code_grids()
-        return None
+            if qkv.runs_packed(x) and qkv.is_direct() and proj.kernel_weight.numel() > 0 and proj.is_direct():
+                return product.on_one_grid_each() and product.fits(x, x, x, mask)
+        return False
 
-    def fused(self, x: Tensor, grids: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """``forward`` by codes of q, k and v, and of what goes into ``proj`` where that has a grid."""
-        batch, tokens, _ = x.shape
+    def fused(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """``forward`` by codes."""
         layer, product, proj = self.qkv, self.product, self.proj
-        if hasattr(layer, "kernel_weight") and hasattr(proj, "kernel_weight") and hasattr(product.query, "zero_point"):
-            qkv = layer.packed(x, "none", grids[:3], grids[3:], product.query.bits)
-            q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            scale, zero_point, bits = proj.input_grid()
-            mask = None if is_causal else mask
-            mixed = product.fused(q, k, v, mask, self.scale, is_causal, True, scale, zero_point, bits)
-            mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
-            x = self.proj(mixed) if scale is None else self.proj.packed(mixed)
+        if hasattr(layer, "kernel_weight") and hasattr(proj, "kernel_weight"):
+            qkv, out = layer.arguments(), proj.arguments()
+            scales, zero_points, bits = product.grids()
+            softmax, softmax_bits = product.softmax_levels()
+            y = torch.ops.torchquant.quantized_self_attention(
+                x, qkv[0], qkv[1], out[0], out[1], scales, zero_points, bits, softmax, softmax_bits,
+                num_heads=self.num_heads, mask=None if is_causal else mask, scale=self.scale, is_causal=is_causal,
+            )  # fmt: skip
+            x = y.to(proj.float_like.dtype)
         return x
 
 

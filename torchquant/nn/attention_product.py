@@ -99,15 +99,33 @@ class QAttention(nn.Module):
             return q.is_integer() and k.is_integer() and v.is_integer()
         return False
 
-    def code_grids(self) -> Tensor | None:
-        """The scales of q, k and v, then their zero points, where ``on_grids()`` and they have as many bits."""
+    @torch.jit.export
+    def on_one_grid_each(self) -> bool:
+        """Whether q, k and v have one grid each, of as many bits."""
         q, k, v = self.query, self.key, self.value
         # TorchScript compiles what hasattr holds for.
-        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):  # noqa: SIM102
-            if self.on_grids() and q.bits == k.bits and q.bits == v.bits:
-                numbers = [q.scale, k.scale, v.scale, q.zero_point, k.zero_point, v.zero_point]
-                return torch.cat([number.view(1) for number in numbers])
-        return None
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
+            return self.on_grids() and q.bits == k.bits and q.bits == v.bits
+        return False
+
+    @torch.jit.export
+    def grids(self) -> tuple[list[Tensor], list[Tensor], int]:
+        """Scales, zero points and bits of q, k and v, where ``on_one_grid_each()``."""
+        q, k, v = self.query, self.key, self.value
+        if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
+            return [q.scale, k.scale, v.scale], [q.zero_point, k.zero_point, v.zero_point], q.bits
+        return [], [], 8
+
+    @torch.jit.export
+    def softmax_levels(self) -> tuple[list[Tensor], int]:
+        """Scale and zero point, or thresholds, exponents and eta of the quantizer at ``softmax``; its bits."""
+        softmax = self.softmax
+        # TorchScript compiles a branch whose hasattr holds, and passes over the others.
+        if hasattr(softmax, "zero_point"):
+            return [softmax.scale, softmax.zero_point], softmax.bits
+        elif hasattr(softmax, "thresholds"):
+            return [softmax.thresholds, softmax.exponents, softmax.eta], 8
+        return [], 8
 
     def fused(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import pack_codes, unpack_codes
+from .repeat import RepeatedCall
 
 
 def gradient_wanted(x: Tensor) -> bool:
@@ -40,7 +41,7 @@ def hooked(module: nn.Module) -> bool:
 GRIDS = ("weight_scale", "weight_zero_point", "kernel_grid", "output_scale", "output_zero_point")
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(RepeatedCall):
     """Buffers only, named as compressed-tensors names them.
 
     ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``, ``weight_scale`` and ``weight_zero_point`` float32 ``[N, G]``,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from .. import _C
 from .base import gradient_wanted, kept_float32
+from .repeat import RepeatedCall
 
 
-class QLayerNorm(nn.LayerNorm):
+class QLayerNorm(RepeatedCall, nn.LayerNorm):
     """``module`` whose output is uint8: the codes of a uniform grid, by `torchquant.kernels.quantized_layer_norm`.
 
     Where :meth:`gives_codes` does not hold, and so in training and where a gradient is wanted, what ``module`` gives.

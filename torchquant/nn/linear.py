@@ -62,6 +62,23 @@ class QLinear(QuantizedLayer):
             return True
         return quantizer.is_integer()
 
+    @torch.jit.export
+    def is_direct(self) -> bool:
+        """Whether the kernel itself makes the input's integers: on one grid, or without a quantizer."""
+        return self.input_quantizer is None or self.input_grid()[0] is not None
+
+    @torch.jit.export
+    def arguments(self) -> tuple[list[Tensor], list[int]]:
+        """This layer as operators of several layers take it, e.g. `torchquant.kernels.quantized_mlp`."""
+        none, bias = self.float_like, self.bias
+        scale, zero_point, bits = self.input_grid()
+        tensors = [self.kernel_weight, self.kernel_grid, none if bias is None else bias, none, none, none]
+        if scale is not None and zero_point is not None:
+            tensors[4], tensors[5] = scale, zero_point
+        else:
+            bits = 16
+        return tensors, [self.bits, self.in_features, self.out_features, self.group_size, bits]
+
     def packed(
         self,
         x: Tensor,

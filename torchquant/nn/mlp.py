@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from .base import hooked
 from .linear import QLinear
+from .repeat import RepeatedCall
 from .rewrite import same_function
 from .swap import swap_modules
 
 SLOTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 
-class QMlp(nn.Module):
+class QMlp(RepeatedCall):
     """``fc2(act(fc1(x)))`` of two :class:`QLinear` under the names of timm's ``Mlp``.
 
     ``act`` is taken in ``fc1``'s kernel. Where ``fc2``'s input has one uniform grid, that kernel also gives its codes.
@@ -40,9 +41,12 @@ class QMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses(x):
+            fc1 = self.fc1
             fc2 = self.fc2
+            if fc1.is_direct() and fc2.is_direct():
+                return both(x, fc1.arguments(), fc2.arguments(), self.activation, fc2.float_like)
             scale, zero_point, bits = fc2.input_grid()
-            x = self.fc1.packed(x, self.activation, scale, zero_point, bits)
+            x = fc1.packed(x, self.activation, scale, zero_point, bits)
             return fc2(x) if scale is None else fc2.packed(x)
         return self.unfused(x)
 
@@ -60,7 +64,7 @@ class QMlp(nn.Module):
         return False
 
 
-class QSequentialMlp(nn.Sequential):
+class QSequentialMlp(RepeatedCall, nn.Sequential):
     """The same for a linear layer, an activation function, perhaps dropout, a linear layer, perhaps dropout in an
     nn.Sequential."""
 
@@ -77,9 +81,13 @@ class QSequentialMlp(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses(x):
             if hasattr(self[2], "kernel_weight"):
+                if self[0].is_direct() and self[2].is_direct():
+                    return both(x, self[0].arguments(), self[2].arguments(), self.activation, self[2].float_like)
                 scale, zero_point, bits = self[2].input_grid()
                 return self[2](self[0].packed(x, self.activation, scale, zero_point, bits))
             else:
+                if self[0].is_direct() and self[3].is_direct():
+                    return both(x, self[0].arguments(), self[3].arguments(), self.activation, self[3].float_like)
                 scale, zero_point, bits = self[3].input_grid()
                 return self[3](self[0].packed(x, self.activation, scale, zero_point, bits))
         return self.unfused(x)
@@ -99,6 +107,16 @@ class QSequentialMlp(nn.Sequential):
             elif hasattr(self[3], "kernel_weight"):
                 return not self.training and self[0].runs_packed(x) and self[3].kernel_weight.numel() > 0
         return False
+
+
+Arguments = tuple[list[Tensor], list[int]]  # QLinear.arguments()
+
+
+def both(x: Tensor, fc1: Arguments, fc2: Arguments, activation: str, float_like: Tensor) -> Tensor:
+    """Two layers in one operator, in the dtype of x, or where there are codes of ``float_like``."""
+    y = torch.ops.torchquant.quantized_mlp(x, fc1[0], fc1[1], fc2[0], fc2[1], activation=activation)
+    codes = x.dtype == torch.uint8 or fc2[0][4].numel() > 0
+    return y.to(float_like.dtype if codes else x.dtype)
 
 
 def observed(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
-// The Python extension: build facts and the CPU tier. Importing it loads the operator library,
-// which registers every operator.
+// The Python extension: build facts, the CPU tier and repeated calls. Importing it loads the
+// operator library, which registers every operator.
 #include <csrc/core/cpu_tier.h>
+#include <csrc/python/repeat.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
         "Every tier that this build and this CPU have, slowest first.");
   m.def("cpu_tier", &torchquant::cpu_tier_name, "The tier in use.");
   m.def("set_cpu_tier", &torchquant::set_cpu_tier, "Use another tier (tests, benchmarks).");
+  torchquant::bind_repeat(m);
 }

@@ -1,0 +1,192 @@
+"""Operators of several layers against the operators that they are made of, bit for bit."""
+
+import pytest
+import torch
+from helpers import FLOAT_TYPES, assert_same, check_op, layouts, random, scripted
+
+from torchquant.kernels import (
+    linear_prepack,
+    quantized_attention,
+    quantized_linear,
+    quantized_mlp,
+    quantized_self_attention,
+)
+from torchquant.quantizers import sulq_fit
+
+MLP = torch.ops.torchquant.quantized_mlp.default
+ATTENTION = torch.ops.torchquant.quantized_self_attention.default
+NONE = torch.empty(0)
+
+
+def layer(inputs, outputs, bits=4, *, scale=0.05, group_size=0, bias=True, table=False, seed=0, place="cpu"):
+    """The two arguments of a layer with random codes; ``scale`` None: its input has no grid."""
+    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=random(seed), dtype=torch.uint8)
+    groups = 1 if group_size == 0 else -(-inputs // group_size)
+    scales = 0.01 + 0.02 * torch.rand(outputs, groups, generator=random(seed + 1))
+    levels = torch.arange(-8, 8, dtype=torch.int8) * 3 if table else None
+    packed, grid, kept = linear_prepack(codes, scales, None, bits=bits, group_size=group_size, levels=levels)
+    offset = torch.randn(outputs, generator=random(seed + 2)) if bias else NONE
+    numbers = [NONE, NONE] if scale is None else [torch.tensor(scale), torch.tensor(120.0)]
+    tensors = [packed, grid, offset, kept if table else NONE, *numbers]
+    return [t.to(place) for t in tensors], [bits, inputs, outputs, group_size, 16 if scale is None else 8]
+
+
+def linear(x, arguments, activation="none", **output):
+    """The same by quantized_linear."""
+    (packed, grid, *rest), (bits, inputs, outputs, group_size, input_bits) = arguments
+    bias, levels, scale, zero_point = (t if t.numel() else None for t in rest)
+    return quantized_linear(
+        x, packed, grid, bias, bits=bits, in_features=inputs, out_features=outputs, group_size=group_size,
+        levels=levels, input_scale=scale, input_zero_point=zero_point, input_bits=input_bits, activation=activation,
+        **output,
+    )  # fmt: skip
+
+
+def output_grid(arguments):
+    """Where outputs are to be codes of the input of a layer."""
+    (*_, scale, zero_point), (*_, bits) = arguments
+    return {"output_scale": scale, "output_zero_point": zero_point, "output_bits": bits} if scale.numel() else {}
+
+
+def inputs(*shape, seed=9, dtype=torch.float32):
+    x = torch.randn(shape, generator=random(seed))
+    return (x.abs() * 50).to(torch.uint8) if dtype == torch.uint8 else x.to(dtype)
+
+
+LAYERS = {
+    "codes travel": ({}, {}),
+    "floats between": ({}, {"scale": None}),
+    "no grids": ({"scale": None}, {"scale": None}),
+    "groups": ({"group_size": 16, "bits": 3}, {"group_size": 32, "bits": 2}),
+    "tables, no bias": ({"table": True, "bias": False}, {"table": True, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT_TYPES, torch.uint8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_mlp_is_its_layers(place, name, dtype):
+    first, second = LAYERS[name]
+    if dtype == torch.uint8 and first.get("scale", 0) is None:
+        pytest.skip("codes need a grid")
+    fc1, fc2 = layer(40, 70, place=place, **first), layer(70, 24, seed=5, place=place, **second)
+    x = inputs(2, 9, 40, dtype=dtype).to(place)
+    for activation in ("none", "gelu", "silu"):
+        wanted = linear(linear(x, fc1, activation, **output_grid(fc2)), fc2)
+        assert_same(quantized_mlp(x, *fc1, *fc2, activation=activation), wanted)
+
+
+def attention_arguments(heads=3, width=8, softmax="table", proj_scale=0.02, bits=8):
+    size = heads * width
+    qkv, proj = layer(40, 3 * size), layer(size, 30, seed=5, scale=proj_scale)
+    scales = [torch.tensor(s) for s in (0.03, 0.04, 0.05)]
+    zero_points = [torch.tensor(z) for z in (128.0, 100.0, 120.5)]
+    probabilities = torch.rand(64, generator=random(1)) ** 4
+    eta, thresholds, exponents = sulq_fit(probabilities, bits=4)
+    levels = {
+        "table": [thresholds, exponents, eta],
+        "grid": [torch.tensor(1.0 / 255), torch.tensor(0.0)],
+        "values": [],
+    }[softmax]
+    return (*qkv, *proj, scales, zero_points, bits, levels), {"num_heads": heads}
+
+
+def attention_by_parts(x, *arguments, num_heads, **rest):
+    qkv, qkv_numbers, proj, proj_numbers, scales, zero_points, bits, levels = arguments
+    codes = linear(
+        x, (qkv, qkv_numbers), output_scale=torch.stack(scales), output_zero_point=torch.stack(zero_points),
+        output_bits=bits,
+    )  # fmt: skip
+    q, k, v = codes.view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    names = {2: ("softmax_scale", "softmax_zero_point"), 3: ("thresholds", "exponents", "eta"), 0: ()}[len(levels)]
+    grids = {}
+    for name, scale, zero_point in zip(("query", "key", "value"), scales, zero_points, strict=True):
+        grids |= {f"{name}_scale": scale, f"{name}_zero_point": zero_point, f"{name}_bits": bits}
+    mixed = quantized_attention(
+        q, k, v, **grids, **dict(zip(names, levels, strict=True)), **output_grid((proj, proj_numbers)), **rest
+    )
+    return linear(mixed.transpose(1, 2).flatten(2), (proj, proj_numbers))
+
+
+@pytest.mark.parametrize("softmax", ["table", "grid", "values"])
+@pytest.mark.parametrize("proj_scale", [0.02, None])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_self_attention_is_its_parts(each_tier, softmax, proj_scale, bits):
+    arguments, options = attention_arguments(softmax=softmax, proj_scale=proj_scale, bits=bits)
+    masks = [{}, {"is_causal": True}, {"mask": torch.rand(17, 17, generator=random(2)) > 0.3}, {"scale": 0.2}]
+    for dtype in (torch.float32, torch.uint8):
+        x = inputs(2, 17, 40, dtype=dtype)
+        for rest in masks:
+            found = quantized_self_attention(x, *arguments, **options, **rest)
+            assert_same(found, attention_by_parts(x, *arguments, **options, **rest))
+            assert found.shape == (2, 17, 30)
+
+
+def test_layouts_and_empty_inputs(each_tier):
+    fc1, fc2 = layer(40, 70), layer(70, 24, seed=5)
+    arguments, options = attention_arguments()
+    x = inputs(17, 40)
+    for other in layouts(x).values():
+        assert_same(quantized_mlp(other, *fc1, *fc2), quantized_mlp(x, *fc1, *fc2))
+        found = quantized_self_attention(other.unsqueeze(0), *arguments, **options)
+        assert_same(found, quantized_self_attention(x.unsqueeze(0), *arguments, **options))
+    assert quantized_mlp(inputs(0, 40), *fc1, *fc2).shape == (0, 24)
+    for shape in ((0, 5, 40), (5, 0, 40)):
+        assert quantized_self_attention(inputs(*shape), *arguments, **options).shape == (*shape[:2], 30)
+
+
+def test_opcheck_and_trace():
+    fc1, fc2 = layer(40, 70), layer(70, 24, seed=5)
+    arguments, options = attention_arguments()
+    x = inputs(2, 17, 40)
+    check_op(MLP, (x, *fc1, *fc2))
+    check_op(MLP, (x.half(), *layer(40, 70, scale=None), *layer(70, 24, scale=None)))
+    check_op(ATTENTION, (x, *arguments), options)
+    for run in (lambda x: quantized_mlp(x, *fc1, *fc2), lambda x: quantized_self_attention(x, *arguments, **options)):
+        assert_same(torch.jit.trace(run, (x,))(2 * x), run(2 * x))
+
+
+def test_scripted():
+    def both(x: torch.Tensor, fc1: list[torch.Tensor], fc2: list[torch.Tensor]) -> torch.Tensor:
+        return torch.ops.torchquant.quantized_mlp(x, fc1, [4, 40, 70, 0, 8], fc2, [4, 70, 24, 0, 8], activation="silu")
+
+    fc1, fc2 = layer(40, 70), layer(70, 24, seed=5)
+    x = inputs(3, 40)
+    assert_same(scripted(both)(x, fc1[0], fc2[0]), quantized_mlp(x, *fc1, *fc2, activation="silu"))
+
+
+FC1, FC2 = layer(8, 6), layer(6, 4)
+MLP_ERRORS = {
+    r"quantized_mlp: fc1 must be 6 tensors \(packed, .*\), got 5": (FC1[0][:5], FC1[1], *FC2),
+    r"quantized_mlp: fc2_numbers must be 5 \(bits, .*\), got 6": (*FC1, FC2[0], [*FC2[1], 1]),
+    r"quantized_linear: x must be \[..., 7\], got \[2, 8\]": (FC1[0], [4, 7, 6, 0, 8], *FC2),
+    r"quantized_linear: x must be \[..., 5\], got \[2, 6\]": (*FC1, *layer(5, 4)),
+    "quantized_linear: input_scale and input_zero_point must": ([*FC1[0][:5], NONE], FC1[1], *FC2),
+}
+
+
+@pytest.mark.parametrize("text", MLP_ERRORS)
+def test_bad_layers_are_refused(text):
+    with pytest.raises(ValueError, match=text):
+        quantized_mlp(torch.zeros(2, 8), *MLP_ERRORS[text])
+
+
+ATTENTION_ERRORS = {
+    r"x must be \[B, T, K\], got \[17, 40\]": {"x": torch.zeros(17, 40)},
+    "num_heads must divide q, k and v of 72 features together, got 5": {"num_heads": 5},
+    "num_heads must divide q, k and v of 72 features together, got 0": {"num_heads": 0},
+    "scales must be three, of q, k and v, got 2": {"scales": [torch.ones(())] * 2},
+    r"zero_points must be one number each on the CPU, got \[2\] on cpu": {"zero_points": [torch.ones(2)] * 3},
+    "scales must be float32, got Double": {"scales": [torch.ones((), dtype=torch.float64)] * 3},
+    "softmax must be thresholds, exponents and eta, or scale and zero_point, or nothing, got 1": {"softmax": [NONE]},
+    "qkv must be 6 tensors": {"qkv": [NONE]},
+    "proj must be 6 tensors": {"proj": [NONE]},
+}
+
+
+@pytest.mark.parametrize("text", ATTENTION_ERRORS)
+def test_bad_attention_is_refused(text):
+    names = ("qkv", "qkv_numbers", "proj", "proj_numbers", "scales", "zero_points", "bits", "softmax")
+    arguments, options = attention_arguments()
+    given = {"x": inputs(2, 17, 40), **dict(zip(names, arguments, strict=True)), **options, **ATTENTION_ERRORS[text]}
+    with pytest.raises((ValueError, TypeError), match=f"quantized_self_attention: {text}"):
+        quantized_self_attention(**given)
