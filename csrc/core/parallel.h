@@ -30,15 +30,23 @@ class OneBlasThread {
   int before_;
 };
 
-// Runs task(index) for index 0..count-1. At least two tasks are announced so that even a single one
-// runs inside a parallel region.
-template <class Task>
-void for_each_chunk(int64_t count, const Task& task) {
+// Runs work(begin, end) for parts of 0..count, each on one thread. At least two tasks are announced
+// so that even a single one runs inside a parallel region.
+template <class Work>
+void for_each_part(int64_t count, const Work& work) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView
         guard;  // the dispatch state of the caller does not follow into worker threads
     const OneBlasThread one_blas_thread;
-    for (int64_t i = begin; i < std::min(end, count); ++i) task(i);
+    if (begin < count) work(begin, std::min(end, count));
+  });
+}
+
+// Runs task(index) for index 0..count-1.
+template <class Task>
+void for_each_chunk(int64_t count, const Task& task) {
+  for_each_part(count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <csrc/core/check.h>
 #include <csrc/core/parallel.h>
@@ -151,7 +152,34 @@ Operands::Operands(const at::Tensor& query, const at::Tensor& key, const at::Ten
   }
 }
 
-// Attention of every head, cut into tasks: some heads whole, or some rows of one.
+// Some heads whole, or some rows of one.
+struct Task {
+  int64_t head, row;
+  int64_t heads, rows;
+  int64_t keys;    // that take part
+  int64_t stride;  // of the rows of scores
+};
+
+// What a thread works in, task after task.
+struct TaskMemory {
+  TaskMemory(const Operands& x, int64_t heads, int64_t rows)
+      : scores(std::make_unique_for_overwrite<float[]>(
+            static_cast<size_t>(heads * rows * padded(x.keys, kTileOutputs)))),
+        row(std::make_unique_for_overwrite<float[]>(
+            static_cast<size_t>(kRowGroup * (x.keys + kRowPad)))) {
+    if (x.key_codes.has_value()) queries.emplace(x.key_codes->layout(), rows);
+    if (x.value_codes.has_value()) probabilities.emplace(x.value_codes->layout(), rows);
+  }
+  at::Tensor tensor(const Task& task) const {  // of scores, where rows are not padded
+    return at::from_blob(scores.get(), {task.heads, task.rows, task.keys}, at::kFloat);
+  }
+
+  std::unique_ptr<float[]> scores;  // [heads, rows, stride]
+  std::unique_ptr<float[]> row;
+  std::optional<IntegerRows> queries, probabilities;
+};
+
+// Attention of every head, cut into tasks.
 class Product {
  public:
   Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
@@ -159,16 +187,22 @@ class Product {
   at::Tensor run() const {
     const int64_t parts = (x_.rows + rows_ - 1) / rows_;
     const int64_t groups = (x_.heads + heads_ - 1) / heads_;
-    for_each_chunk(groups * parts,
-                   [&](int64_t task) { attend(task / parts * heads_, task % parts * rows_); });
+    for_each_part(groups * parts, [&](int64_t begin, int64_t end) {
+      TaskMemory memory(x_, heads_, rows_);
+      for (int64_t task = begin; task < end; ++task)
+        attend(task_at(task / parts * heads_, task % parts * rows_), memory);
+    });
     return output_.has_value() && !stores_codes() ? codes_of(out_, *output_) : out_;
   }
 
  private:
-  void attend(int64_t head, int64_t row) const;
-  void score(const at::Tensor& scores, int64_t head, int64_t row) const;
-  void quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const;
-  void mix(AttentionRows work, int64_t head, int64_t row) const;
+  Task task_at(int64_t head, int64_t row) const;
+  void attend(const Task& task, TaskMemory& memory) const;
+  void score(const Task& task, TaskMemory& memory) const;
+  void quantize(const Task& task, TaskMemory& memory) const;
+  void mix(AttentionRows work, int64_t head, int64_t row, TaskMemory& memory) const;
+  // Integer products store whole tiles.
+  bool integer() const { return x_.key_codes.has_value() && x_.value_codes.has_value(); }
   // Integer products do; BLAS gives values first.
   bool stores_codes() const { return output_.has_value() && x_.value_codes.has_value(); }
 
@@ -194,77 +228,75 @@ Product::Product(const Operands& operands, const Mask& mask, const Levels& level
       output_(output) {
   if (stores_codes()) code_grid_.emplace(x_.width, std::vector<Grid>{output->grid}, output->bits);
   out_ = at::empty({x_.heads, x_.rows, x_.width}, stores_codes() ? at::kByte : at::kFloat);
-  const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
-  const int64_t largest = integer ? kMaxIntegerScores : kMaxScores;
-  const int64_t least = std::min(integer ? kMinIntegerRows : kMinRows, x_.rows);
+  const int64_t largest = integer() ? kMaxIntegerScores : kMaxScores;
+  const int64_t least = std::min(integer() ? kMinIntegerRows : kMinRows, x_.rows);
   rows_ = std::clamp(largest / x_.keys, least, x_.rows);
   const int64_t parts = (x_.rows + rows_ - 1) / rows_;
   rows_ = (x_.rows + parts - 1) / parts;  // of one size
-  if (integer) rows_ = std::min((rows_ + kTileRows - 1) / kTileRows * kTileRows, x_.rows);
+  if (integer()) rows_ = std::min((rows_ + kTileRows - 1) / kTileRows * kTileRows, x_.rows);
   heads_ = std::clamp<int64_t>(kSharedScores / (x_.rows * x_.keys), 1, x_.heads);
   if (rows_ < x_.rows) heads_ = 1;
 }
 
-void Product::attend(int64_t head, int64_t row) const {
-  const int64_t heads = std::min(heads_, x_.heads - head);
-  const int64_t rows = std::min(rows_, x_.rows - row);
+Task Product::task_at(int64_t head, int64_t row) const {
+  Task task{head, row, std::min(heads_, x_.heads - head), std::min(rows_, x_.rows - row), 0, 0};
   // Keys that no row of the task may see add nothing, if probability 0 is level 0. Codes of values
   // are multiplied whole: their sums are those of all keys.
   const bool skip = is_causal_ && !x_.value_codes.has_value() && level_of_zero(levels_) == 0.0f;
-  const int64_t keys = skip ? std::min(x_.keys, row + rows) : x_.keys;
-  // Integer products store whole tiles.
-  const bool integer = x_.key_codes.has_value() && x_.value_codes.has_value();
-  const int64_t stride = integer ? padded(keys, kTileOutputs) : keys;
-  at::Tensor scores = at::empty({heads, rows, stride}, at::kFloat);
-  score(scores, head, row);
-  quantize(scores, head, row, keys);
-  if (x_.value_codes.has_value()) return;
-  at::Tensor out = out_.narrow(0, head, heads).narrow(1, row, rows);
-  at::bmm_out(out, scores, x_.v.narrow(0, head, heads).narrow(1, 0, keys));
+  task.keys = skip ? std::min(x_.keys, row + task.rows) : x_.keys;
+  task.stride = integer() ? padded(task.keys, kTileOutputs) : task.keys;
+  return task;
 }
 
-void Product::score(const at::Tensor& scores, int64_t head, int64_t row) const {
-  const int64_t heads = scores.size(0), rows = scores.size(1), keys = scores.size(2);
+void Product::attend(const Task& task, TaskMemory& memory) const {
+  score(task, memory);
+  quantize(task, memory);
+  if (x_.value_codes.has_value()) return;
+  at::Tensor out = out_.narrow(0, task.head, task.heads).narrow(1, task.row, task.rows);
+  at::bmm_out(out, memory.tensor(task),
+              x_.v.narrow(0, task.head, task.heads).narrow(1, 0, task.keys));
+}
+
+void Product::score(const Task& task, TaskMemory& memory) const {
   if (!x_.key_codes.has_value()) {
-    at::Tensor out = scores;
-    at::bmm_out(out, x_.q.narrow(0, head, heads).narrow(1, row, rows),
-                x_.k.narrow(0, head, heads).narrow(1, 0, keys).transpose(1, 2));
+    at::Tensor out = memory.tensor(task);
+    at::bmm_out(out, x_.q.narrow(0, task.head, task.heads).narrow(1, task.row, task.rows),
+                x_.k.narrow(0, task.head, task.heads).narrow(1, 0, task.keys).transpose(1, 2));
     return;
   }
   const PackedHeads& codes = *x_.key_codes;
-  IntegerRows queries(codes.layout(), rows);
-  for (int64_t h = 0; h < heads; ++h) {
-    if (!queries.quantize(*x_.query_rows, head + h, row, codes.scale())) x_.finite = false;
-    PackedWeight weight = codes.view(head + h);
-    weight.outputs = keys;
-    queries.multiply(weight, scores.mutable_data_ptr<float>() + h * rows * keys);
+  IntegerRows& queries = *memory.queries;
+  for (int64_t h = 0; h < task.heads; ++h) {
+    if (!queries.quantize(*x_.query_rows, task.head + h, task.row, task.rows, codes.scale()))
+      x_.finite = false;
+    PackedWeight weight = codes.view(task.head + h);
+    weight.outputs = task.stride;
+    queries.multiply(weight, memory.scores.get() + h * task.rows * task.stride);
   }
 }
 
-void Product::quantize(const at::Tensor& scores, int64_t head, int64_t row, int64_t keys) const {
-  const int64_t rows = scores.size(1), stride = scores.size(2);
-  const auto buffer =
-      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(kRowGroup * (keys + kRowPad)));
+void Product::quantize(const Task& task, TaskMemory& memory) const {
   AttentionRows work{};
-  work.rows = rows;
-  work.keys = keys;
-  work.stride = stride;
+  work.rows = task.rows;
+  work.keys = task.keys;
+  work.stride = task.stride;
   work.scale = scale_;
-  work.causal_keys = is_causal_ ? row + 1 : keys;
+  work.causal_keys = is_causal_ ? task.row + 1 : task.keys;
   work.levels = levels_;
-  work.row = buffer.get();
-  for (int64_t h = 0; h < scores.size(0); ++h) {
-    work.scores = scores.mutable_data_ptr<float>() + h * rows * stride;
-    mask_.apply_to(work, head + h, row);
-    x_.value_codes.has_value() ? mix(work, head + h, row) : attention_rows(work);
+  work.row = memory.row.get();
+  for (int64_t h = 0; h < task.heads; ++h) {
+    work.scores = memory.scores.get() + h * task.rows * task.stride;
+    mask_.apply_to(work, task.head + h, task.row);
+    x_.value_codes.has_value() ? mix(work, task.head + h, task.row, memory) : attention_rows(work);
   }
 }
 
 // Codes of probabilities times codes of values.
-void Product::mix(AttentionRows work, int64_t head, int64_t row) const {
+void Product::mix(AttentionRows work, int64_t head, int64_t row, TaskMemory& memory) const {
   const PackedHeads& values = *x_.value_codes;
-  const IntegerRows integers(values.layout(), work.rows);
-  const ProbabilityRows codes = integers.probabilities(levels_.grid.scale * values.scale());
+  IntegerRows& integers = *memory.probabilities;
+  const ProbabilityRows codes =
+      integers.probabilities(work.rows, levels_.grid.scale * values.scale());
   work.codes = &codes;
   attention_rows(work);
   const int64_t first = (head * x_.rows + row) * x_.width;

@@ -225,7 +225,8 @@ IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)
       rows_(rows),
       sums_(buffer<int32_t>(rows * layout.groups)),
       scale_(buffer<float>(rows)),
-      zero_(buffer<float>(rows)) {
+      zero_(buffer<float>(rows)),
+      work_(buffer<uint8_t>(layout.blocks * kBlockInputs)) {
   const int64_t count = rows * layout.blocks * kBlockInputs;
   if (bytes_need_wide()) {
     wide_ = buffer<int16_t>(count);
@@ -234,8 +235,9 @@ IntegerRows::IntegerRows(const BlockLayout& layout, int64_t rows)
   }
 }
 
-bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, float unit) {
-  const auto work = buffer<uint8_t>(layout_.blocks * kBlockInputs);
+bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, int64_t count,
+                           float unit) {
+  rows_ = count;
   bool finite = true;
   QuantizeOperand operand = x.operand(head, row);
   operand.rows = rows_;
@@ -244,7 +246,7 @@ bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, float u
   operand.narrow = narrow_.get();
   operand.wide = wide_.get();
   operand.sums = sums_.get();
-  operand.work = work.get();
+  operand.work = work_.get();
   operand.finite = &finite;
   quantize_queries(operand);
   x.copy_grids(head, row, rows_, scale_.get(), zero_.get());
@@ -255,7 +257,8 @@ bool IntegerRows::quantize(const HeadRows& x, int64_t head, int64_t row, float u
   return finite;
 }
 
-ProbabilityRows IntegerRows::probabilities(float unit) const {
+ProbabilityRows IntegerRows::probabilities(int64_t count, float unit) {
+  rows_ = count;
   return {layout_.groups, layout_.group_size, narrow_.get(), wide_.get(),
           sums_.get(),    scale_.get(),       zero_.get(),   unit};
 }

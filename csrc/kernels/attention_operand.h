@@ -87,24 +87,26 @@ at::Tensor dequantized_heads(const HeadRows& x, int64_t heads, std::atomic<bool>
 // Integer activations of some rows of one head.
 class IntegerRows {
  public:
+  // Room for so many rows.
   IntegerRows(const BlockLayout& layout, int64_t rows);
-  // Codes of x's rows from `row` on; their scales, times `unit`, make values of products. Whether
-  // all of x is finite.
-  bool quantize(const HeadRows& x, int64_t head, int64_t row, float unit);
-  // To write to instead; `unit` times an integer moved by its row's zero is a value.
-  ProbabilityRows probabilities(float unit) const;
+  // Codes of `count` of x's rows from `row` on; their scales, times `unit`, make values of
+  // products. Whether all of x is finite.
+  bool quantize(const HeadRows& x, int64_t head, int64_t row, int64_t count, float unit);
+  // `count` rows to write to instead; `unit` times an integer moved by its row's zero is a value.
+  ProbabilityRows probabilities(int64_t count, float unit);
   // To `out`, or its codes to `codes` where there is a grid for them.
   void multiply(const PackedWeight& weight, float* out) const;
   void multiply(const PackedWeight& weight, uint8_t* codes, const CodeGrid& grid) const;
 
  private:
   BlockLayout layout_;
-  int64_t rows_;
+  int64_t rows_;  // in use
   std::unique_ptr<int8_t[]> narrow_;
   std::unique_ptr<int16_t[]> wide_;  // either of them
   std::unique_ptr<int32_t[]> sums_;
   std::unique_ptr<float[]> scale_;
   std::unique_ptr<float[]> zero_;
+  std::unique_ptr<uint8_t[]> work_;
 
   PackedProduct product(const PackedWeight& weight) const;
 };
