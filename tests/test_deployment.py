@@ -176,11 +176,11 @@ class Layers(nn.Module):
         )
         step, zero = torch.ops.torchquant.uniform_fit(weight, bits=8)
         first, second = [wide, wide_grid, none, none, none, none], [narrow, narrow_grid, none, none, step, zero]
-        y = torch.ops.torchquant.quantized_mlp(rows, first, [4, 40, 36, 0, 16], second, [4, 36, 36, 0, 8])
+        y = torch.ops.torchquant.quantized_mlp(rows, first, [4, 40, 36, 0, 16, 0], second, [4, 36, 36, 0, 8, 0])
         heads, _, _ = torch.ops.torchquant.linear_prepack(codes[:, :12].contiguous(), scale, zero_point, bits=4)
         out = [heads, narrow_grid, none, none, step, zero]
         z = torch.ops.torchquant.quantized_self_attention(
-            rows.unsqueeze(0), first, [4, 40, 36, 0, 16], out, [4, 12, 36, 0, 8], [step, step, step],
+            rows.unsqueeze(0), first, [4, 40, 36, 0, 16, 0], out, [4, 12, 36, 0, 8, 0], [step, step, step],
             [zero, zero, zero], 8, [step, zero], 8, num_heads=3,
         )  # fmt: skip
         return [y, z]

@@ -13,6 +13,11 @@ void check_input(const char* op, const at::Tensor& x, const InputGrid& grid, con
   TORCH_CHECK_VALUE(grid.dynamic() == !grid.zero_point.has_value(), op,
                     ": input_scale and input_zero_point must be given together");
   TORCH_CHECK_VALUE(!codes || !grid.dynamic(), op, ": x of codes needs input_scale");
+  if (grid.symmetric.has_value()) {
+    TORCH_CHECK_VALUE(grid.dynamic(), op, ": input_symmetric must be None with input_scale");
+    check_bits(op, grid.bits);
+    return;
+  }
   if (grid.dynamic()) {
     TORCH_CHECK_VALUE(grid.bits == 8 || grid.bits == 16, op,
                       ": input_bits must be 8 or 16 where the scale comes from x, got ", grid.bits);

@@ -8,11 +8,13 @@
 
 namespace torchquant {
 
-// The grid of the input's integers: given, or taken from the input.
+// The grid of the input's integers: given, or taken from the input: from magnitudes, or with
+// `symmetric` as dynamic_quantize does.
 struct InputGrid {
   std::optional<at::Tensor> scale;
   std::optional<at::Tensor> zero_point;
   int64_t bits;
+  std::optional<bool> symmetric = std::nullopt;
 
   bool dynamic() const { return !scale.has_value(); }
 };

@@ -62,6 +62,7 @@ void quantize_all(QuantizeRows all, const at::Tensor& x) {
     if (part.narrow != nullptr) part.narrow += first * depth;
     if (part.wide != nullptr) part.wide += first * depth;
     if (part.a_scale != nullptr) part.a_scale += first;
+    if (part.a_zero != nullptr) part.a_zero += first;
     part.sums += first * all.layout.groups;
     if (part.starts != nullptr) part.starts += first;
     part.finite = &own;
@@ -103,12 +104,19 @@ Activations quantize_activations(const at::Tensor& x, const InputGrid& grid,
     q.starts = a.starts.mutable_data_ptr<int32_t>();
   }
   if (x.is_cuda()) q.largest = reinterpret_cast<uint32_t*>(q.sums + a.sums.numel());
+  q.shift = grid.dynamic() && !grid.symmetric.has_value() ? 0 : 1 << (grid.bits - 1);
   if (grid.dynamic()) {
-    q.limit = grid.bits == 8 ? 127.0f : 32767.0f;
     a.scale = at::empty({rows}, floats);
     q.a_scale = a.scale.mutable_data_ptr<float>();
+    if (grid.symmetric.has_value()) {
+      q.grid = *grid.symmetric ? GridType::symmetric : GridType::asymmetric;
+      q.max_code = max_code_of(grid.bits);
+      a.zero = at::empty({rows}, floats);
+      q.a_zero = a.zero.mutable_data_ptr<float>();
+    } else {
+      q.limit = grid.bits == 8 ? 127.0f : 32767.0f;
+    }
   } else {
-    q.shift = 1 << (grid.bits - 1);
     q.max_code = max_code_of(grid.bits);
     if (x.is_cpu() && grid.scale->numel() == 1) {
       q.scale = *grid.scale->const_data_ptr<float>();
@@ -172,12 +180,15 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const OptionalTensor& input_zero_point, int64_t input_bits,
                             std::string_view activation, const OptionalTensor& residual,
                             const OptionalTensor& output_scale,
-                            const OptionalTensor& output_zero_point, int64_t output_bits) {
+                            const OptionalTensor& output_zero_point, int64_t output_bits,
+                            std::optional<bool> input_symmetric) {
   check_device(kOp, x);
-  const InputGrid input{input_scale, input_zero_point, input_bits};
+  const InputGrid input{input_scale, input_zero_point, input_bits, input_symmetric};
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
                     in_features, "], got ", x.sizes());
   check_input(kOp, x, input, "row", in_features == 0 ? 0 : x.numel() / in_features);
+  TORCH_CHECK_NOT_IMPLEMENTED(x.is_cpu() || !input_symmetric.has_value(), kOp,
+                              ": input_symmetric is for the CPU, got x on ", x.device());
   check_same_device(kOp, "packed", packed, x);
   const Prepacked weight(kOp, {packed, grid, levels, bits, in_features, out_features, group_size});
   const c10::DeviceGuard guard(x.device());
@@ -242,7 +253,7 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "SymInt in_features, SymInt out_features, int group_size=0, Tensor? levels=None, "
       "Tensor? input_scale=None, Tensor? input_zero_point=None, int input_bits=8, "
       "str activation=\"none\", Tensor? residual=None, Tensor? output_scale=None, "
-      "Tensor? output_zero_point=None, int output_bits=8) -> Tensor");
+      "Tensor? output_zero_point=None, int output_bits=8, bool? input_symmetric=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_linear", quantized_linear); }

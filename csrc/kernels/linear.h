@@ -189,14 +189,15 @@ struct PackedProduct {
   int32_t* dots;  // [segments, groups, rows, tiles * 16]
 };
 
-// Activations to integers: a = clamp(round(x / scale + zero_point)) - shift, with the scale of the
-// row's largest magnitude where none is given.
+// Activations to integers: a = clamp(round(x / scale + zero_point)) - shift. Where no scale is
+// given it is that of the row's largest magnitude, or scale and zero point are those of its
+// extremes.
 struct QuantizeRows {
   BlockLayout layout;
   int64_t rows;
   const float* x;        // [rows, columns], or null: codes are given
   const uint8_t* codes;  // [rows, columns]
-  float scale;           // 0: from the row, symmetric in [-limit, limit]
+  float scale;           // 0: from the row, symmetric in [-limit, limit] or fitted
   float zero_point;
   float max_code;
   int32_t shift;
@@ -207,7 +208,9 @@ struct QuantizeRows {
   GroupStarts group_starts;
   int32_t* starts;  // [group_starts.count, group_starts.rows], or null
   float* a_scale;   // written where the scale comes from the row
-  bool* finite;     // set to false where x is not
+  float* a_zero;    // [rows], or null; written where grids are fitted, with `grid`
+  GridType grid;
+  bool* finite;  // set to false where x is not
 
   // For CUDA, where the host waits for nothing: scale and zero point lie on the device, and a row
   // that is not finite gets the a_scale NaN.

@@ -16,7 +16,8 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const OptionalTensor& input_zero_point, int64_t input_bits,
                             std::string_view activation, const OptionalTensor& residual,
                             const OptionalTensor& output_scale,
-                            const OptionalTensor& output_zero_point, int64_t output_bits);
+                            const OptionalTensor& output_zero_point, int64_t output_bits,
+                            std::optional<bool> input_symmetric);
 
 at::Tensor quantized_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,

@@ -5,7 +5,7 @@
 namespace torchquant {
 namespace {
 
-constexpr size_t kTensors = 6, kNumbers = 5;
+constexpr size_t kTensors = 6, kNumbers = 6;
 
 OptionalTensor given(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? OptionalTensor(tensor) : std::nullopt;
@@ -21,8 +21,12 @@ PackedLayer::PackedLayer(const char* op, const char* argument, at::TensorList te
                     "got ",
                     tensors.size());
   TORCH_CHECK_VALUE(numbers.size() == kNumbers, op, ": ", argument, "_numbers must be ", kNumbers,
-                    " (bits, in_features, out_features, group_size, input_bits), got ",
+                    " (bits, in_features, out_features, group_size, input_bits, row grids), got ",
                     numbers.size());
+  TORCH_CHECK_VALUE(numbers[5] >= 0 && numbers[5] <= 2, op, ": ", argument,
+                    "_numbers must end with 0 (no grid for each row), 1 (symmetric ones) or 2 "
+                    "(asymmetric ones), got ",
+                    numbers[5]);
   bias_ = given(tensors[2]);
   levels_ = given(tensors[3]);
   input_scale_ = given(tensors[4]);
@@ -34,7 +38,8 @@ at::Tensor PackedLayer::run(const at::Tensor& x, std::string_view activation,
                             int64_t bits) const {
   return quantized_linear(x, tensors_[0], tensors_[1], bias_, numbers_[0], numbers_[1], numbers_[2],
                           numbers_[3], levels_, input_scale_, input_zero_point_, numbers_[4],
-                          activation, std::nullopt, scale, zero_point, bits);
+                          activation, std::nullopt, scale, zero_point, bits,
+                          numbers_[5] == 0 ? std::nullopt : std::optional(numbers_[5] == 1));
 }
 
 at::Tensor PackedLayer::operator()(const at::Tensor& x, std::string_view activation,

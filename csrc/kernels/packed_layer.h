@@ -8,7 +8,8 @@ namespace torchquant {
 class PackedLayer {
  public:
   // tensors: packed, grid, bias, levels, input_scale, input_zero_point of quantized_linear;
-  // numbers: bits, in_features, out_features, group_size, input_bits.
+  // numbers: bits, in_features, out_features, group_size, input_bits, and whether each row of the
+  // input has a grid of its own: 0 no, 1 symmetric, 2 asymmetric.
   PackedLayer(const char* op, const char* argument, at::TensorList tensors,
               at::IntArrayRef numbers);
 

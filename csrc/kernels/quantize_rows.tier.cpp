@@ -84,9 +84,30 @@ void on_grids_of_rows(const QuantizeRows& q, To* a) {
   }
 }
 
+// As dynamic_quantize finds grids and codes of tokens.
+template <class To>
+void on_fitted_grids(const QuantizeRows& q, To* a) {
+  Floats noted{};
+  for (int64_t row = 0; row < q.rows; ++row) {
+    const float* const x = q.x + row * q.layout.columns;
+    const Ends ends = q.layout.columns == 0 ? Ends{} : ends_of(x, q.layout.columns);
+    const Grid grid = fit_grid(q.grid, ends.low, ends.high, q.max_code);
+    q.a_scale[row] = grid.scale;
+    q.a_zero[row] = grid.zero_point - static_cast<float>(q.shift);
+    with_integers({grid.scale, 0.0f, grid.zero_point, q.max_code, q.shift},
+                  [&](const auto& integers) {
+                    fill_row(q, row, q.x, a, [&](const float* x, int64_t count, To* to) {
+                      noted = value_integers(integers, noted, x, count, to);
+                    });
+                  });
+  }
+  if (!all_finite(noted)) *q.finite = false;
+}
+
 template <class To>
 void quantize(const QuantizeRows& q, To* a) {
   if (q.codes != nullptr) return from_codes(q, a);
+  if (q.a_zero != nullptr) return on_fitted_grids(q, a);
   q.scale != 0.0f ? on_grid(q, a) : on_grids_of_rows(q, a);
 }
 

@@ -1,8 +1,12 @@
 // Self-attention whose projections and products all take codes.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <csrc/core/check.h>
 #include <csrc/kernels/packed_layer.h>
 #include <torch/library.h>
+
+#include <array>
+#include <tuple>
 
 namespace torchquant {
 namespace {
@@ -25,13 +29,55 @@ at::Tensor joined(const char* argument, at::TensorList numbers) {
   return three;
 }
 
+// Codes of one of q, k and v, and their grid: one number, or one for each token of a head.
+struct Operand {
+  at::Tensor codes, scale, zero_point;
+};
+
+using Operands = std::array<Operand, 3>;
+
+// [B, T, 3 * heads * D] -> q, k or v of every head, [B, heads, T, D].
+at::Tensor heads_of(const at::Tensor& qkv, int64_t num_heads, int64_t which) {
+  const int64_t width = qkv.size(2) / (3 * num_heads);
+  return qkv.view({qkv.size(0), qkv.size(1), 3, num_heads, width})
+      .permute({2, 0, 3, 1, 4})
+      .select(0, which);
+}
+
+Operands on_given_grids(const PackedLayer& layer, const at::Tensor& x, int64_t num_heads,
+                        at::TensorList scales, at::TensorList zero_points, int64_t bits) {
+  const at::Tensor codes =
+      layer.codes(x, joined("scales", scales), joined("zero_points", zero_points), bits);
+  Operands operands;
+  for (size_t i = 0; i < 3; ++i)
+    operands[i] = {heads_of(codes, num_heads, static_cast<int64_t>(i)), scales[i], zero_points[i]};
+  return operands;
+}
+
+Operands on_grids_of_tokens(const PackedLayer& layer, const at::Tensor& x, int64_t num_heads,
+                            int64_t bits, bool symmetric) {
+  using Quantize = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, int64_t, c10::string_view, int64_t, int64_t, bool);
+  static const auto quantize = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("torchquant::dynamic_quantize", "")
+                                   .typed<Quantize>();
+  const at::Tensor values = layer(x);
+  Operands operands;
+  for (size_t i = 0; i < 3; ++i) {
+    const at::Tensor heads = heads_of(values, num_heads, static_cast<int64_t>(i));
+    const auto [codes, scale, zero_point] = quantize.call(heads, bits, "token", -1, 0, symmetric);
+    operands[i] = {codes, scale, zero_point};
+  }
+  return operands;
+}
+
 at::Tensor quantized_self_attention(const at::Tensor& x, at::TensorList qkv,
                                     at::IntArrayRef qkv_numbers, at::TensorList proj,
                                     at::IntArrayRef proj_numbers, at::TensorList scales,
                                     at::TensorList zero_points, int64_t bits,
                                     at::TensorList softmax, int64_t softmax_bits, int64_t num_heads,
                                     const OptionalTensor& mask, std::optional<double> scale,
-                                    bool is_causal) {
+                                    bool is_causal, bool symmetric) {
   const PackedLayer in(kOp, "qkv", qkv, qkv_numbers), out(kOp, "proj", proj, proj_numbers);
   TORCH_CHECK_VALUE(x.dim() == 3, kOp, ": x must be [B, T, K], got ", x.sizes());
   TORCH_CHECK_VALUE(num_heads >= 1 && in.out_features() % (3 * num_heads) == 0, kOp,
@@ -45,18 +91,15 @@ at::Tensor quantized_self_attention(const at::Tensor& x, at::TensorList qkv,
   const auto level = [&](size_t count, size_t i) {
     return levels == count ? OptionalTensor(softmax[i]) : std::nullopt;
   };
-  const int64_t batch = x.size(0), tokens = x.size(1);
-  const int64_t width = in.out_features() / (3 * num_heads);
-  const at::Tensor codes =
-      in.codes(x, joined("scales", scales), joined("zero_points", zero_points), bits)
-          .view({batch, tokens, 3, num_heads, width})
-          .permute({2, 0, 3, 1, 4});
-  const at::Tensor mixed = quantized_attention(
-      codes.select(0, 0), codes.select(0, 1), codes.select(0, 2), mask, level(3, 0), level(3, 1),
-      level(3, 2), level(2, 0), level(2, 1), softmax_bits, scale, is_causal, scales[0],
-      zero_points[0], bits, scales[1], zero_points[1], bits, scales[2], zero_points[2], bits,
-      out.input_scale(), out.input_zero_point(), out.input_bits());
-  return out(mixed.transpose(1, 2).reshape({batch, tokens, num_heads * width}));
+  const auto [q, k, v] = scales.empty() && zero_points.empty()
+                             ? on_grids_of_tokens(in, x, num_heads, bits, symmetric)
+                             : on_given_grids(in, x, num_heads, scales, zero_points, bits);
+  const at::Tensor mixed =
+      quantized_attention(q.codes, k.codes, v.codes, mask, level(3, 0), level(3, 1), level(3, 2),
+                          level(2, 0), level(2, 1), softmax_bits, scale, is_causal, q.scale,
+                          q.zero_point, bits, k.scale, k.zero_point, bits, v.scale, v.zero_point,
+                          bits, out.input_scale(), out.input_zero_point(), out.input_bits());
+  return out(mixed.transpose(1, 2).reshape({x.size(0), x.size(1), in.out_features() / 3}));
 }
 
 }  // namespace
@@ -66,7 +109,7 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "quantized_self_attention(Tensor x, Tensor[] qkv, int[] qkv_numbers, Tensor[] proj, "
       "int[] proj_numbers, Tensor[] scales, Tensor[] zero_points, int bits, Tensor[] softmax, "
       "int softmax_bits=8, *, int num_heads, Tensor? mask=None, float? scale=None, "
-      "bool is_causal=False) -> Tensor");
+      "bool is_causal=False, bool symmetric=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchquant, CPU, m) {

@@ -22,40 +22,6 @@ void for_each_run(const UniformGrids& grids, const Visit& visit) {
   }
 }
 
-struct Ends {
-  float low;
-  float high;
-};
-
-float first_of(float a, float b) { return a < b ? a : b; }
-float last_of(float a, float b) { return a > b ? a : b; }
-
-// Smallest and largest of x, which has at least one value.
-Ends ends_of(const float* x, int64_t count) {
-  Ends ends{x[0], x[0]};
-  if (count < kVectorLanes) {
-    for (int64_t i = 1; i < count; ++i) ends = {first_of(x[i], ends.low), last_of(x[i], ends.high)};
-    return ends;
-  }
-  // Two of each, so that steps need not wait; the last vectors perhaps twice.
-  Floats low[2], high[2];
-  low[0] = low[1] = high[0] = high[1] = load<Floats>(x + count - kVectorLanes);
-  const auto take = [&](int64_t at, int64_t part) __attribute__((always_inline)) {
-    const Floats values = load<Floats>(x + at);
-    low[part] = smaller(values, low[part]);
-    high[part] = larger(values, high[part]);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kVectorLanes <= count; i += 2 * kVectorLanes) {
-    take(i, 0);
-    take(i + kVectorLanes, 1);
-  }
-  if (i + kVectorLanes <= count) take(i, 0);
-  const auto first = [](Floats a, Floats b) { return smaller(a, b); };
-  const auto last = [](Floats a, Floats b) { return larger(a, b); };
-  return {joined(first(low[0], low[1]), first), joined(last(high[0], high[1]), last)};
-}
-
 // Codes of x on one grid. Returns what note_finite does.
 Floats encode(Grid grid, float max_code, Floats noted, const float* x, int64_t count,
               uint8_t* codes) {

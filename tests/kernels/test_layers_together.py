@@ -11,15 +11,17 @@ from torchquant.kernels import (
     quantized_mlp,
     quantized_self_attention,
 )
-from torchquant.quantizers import sulq_fit
+from torchquant.quantizers import dynamic_quantize, sulq_fit
 
 MLP = torch.ops.torchquant.quantized_mlp.default
 ATTENTION = torch.ops.torchquant.quantized_self_attention.default
 NONE = torch.empty(0)
+LEVELS = {2: ("softmax_scale", "softmax_zero_point"), 3: ("thresholds", "exponents", "eta"), 0: ()}
 
 
-def layer(inputs, outputs, bits=4, *, scale=0.05, group_size=0, bias=True, table=False, seed=0, place="cpu"):
-    """The two arguments of a layer with random codes; ``scale`` None: its input has no grid."""
+def layer(inputs, outputs, bits=4, *, scale=0.05, group_size=0, bias=True, table=False, rows=0, seed=0, place="cpu"):
+    """The two arguments of a layer with random codes; ``scale`` None: its input has no grid, or ``rows``: 1 symmetric
+    ones of each row, 2 asymmetric ones."""
     codes = torch.randint(0, 2**bits, (outputs, inputs), generator=random(seed), dtype=torch.uint8)
     groups = 1 if group_size == 0 else -(-inputs // group_size)
     scales = 0.01 + 0.02 * torch.rand(outputs, groups, generator=random(seed + 1))
@@ -28,23 +30,30 @@ def layer(inputs, outputs, bits=4, *, scale=0.05, group_size=0, bias=True, table
     offset = torch.randn(outputs, generator=random(seed + 2)) if bias else NONE
     numbers = [NONE, NONE] if scale is None else [torch.tensor(scale), torch.tensor(120.0)]
     tensors = [packed, grid, offset, kept if table else NONE, *numbers]
-    return [t.to(place) for t in tensors], [bits, inputs, outputs, group_size, 16 if scale is None else 8]
+    return [t.to(place) for t in tensors], [
+        bits,
+        inputs,
+        outputs,
+        group_size,
+        16 if scale is None and not rows else 8,
+        rows,
+    ]
 
 
 def linear(x, arguments, activation="none", **output):
     """The same by quantized_linear."""
-    (packed, grid, *rest), (bits, inputs, outputs, group_size, input_bits) = arguments
+    (packed, grid, *rest), (bits, inputs, outputs, group_size, input_bits, rows) = arguments
     bias, levels, scale, zero_point = (t if t.numel() else None for t in rest)
     return quantized_linear(
         x, packed, grid, bias, bits=bits, in_features=inputs, out_features=outputs, group_size=group_size,
         levels=levels, input_scale=scale, input_zero_point=zero_point, input_bits=input_bits, activation=activation,
-        **output,
+        input_symmetric={0: None, 1: True, 2: False}[rows], **output,
     )  # fmt: skip
 
 
 def output_grid(arguments):
     """Where outputs are to be codes of the input of a layer."""
-    (*_, scale, zero_point), (*_, bits) = arguments
+    (*_, scale, zero_point), (*_, bits, _) = arguments
     return {"output_scale": scale, "output_zero_point": zero_point, "output_bits": bits} if scale.numel() else {}
 
 
@@ -58,6 +67,9 @@ LAYERS = {
     "floats between": ({}, {"scale": None}),
     "no grids": ({"scale": None}, {"scale": None}),
     "groups": ({"group_size": 16, "bits": 3}, {"group_size": 32, "bits": 2}),
+    "rows, symmetric": ({"scale": None, "rows": 1}, {"scale": None, "rows": 1}),
+    "rows": ({"scale": None, "rows": 2, "group_size": 16}, {"scale": None, "rows": 2}),
+    "one grid, then rows": ({}, {"scale": None, "rows": 2}),
     "tables, no bias": ({"table": True, "bias": False}, {"table": True, "bias": False}),
 }
 
@@ -68,6 +80,8 @@ def test_mlp_is_its_layers(place, name, dtype):
     first, second = LAYERS[name]
     if dtype == torch.uint8 and first.get("scale", 0) is None:
         pytest.skip("codes need a grid")
+    if place == "cuda" and (first.get("rows") or second.get("rows")):
+        pytest.skip("grids of rows are for the CPU")
     fc1, fc2 = layer(40, 70, place=place, **first), layer(70, 24, seed=5, place=place, **second)
     x = inputs(2, 9, 40, dtype=dtype).to(place)
     for activation in ("none", "gelu", "silu"):
@@ -97,14 +111,44 @@ def attention_by_parts(x, *arguments, num_heads, **rest):
         output_bits=bits,
     )  # fmt: skip
     q, k, v = codes.view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    names = {2: ("softmax_scale", "softmax_zero_point"), 3: ("thresholds", "exponents", "eta"), 0: ()}[len(levels)]
     grids = {}
     for name, scale, zero_point in zip(("query", "key", "value"), scales, zero_points, strict=True):
         grids |= {f"{name}_scale": scale, f"{name}_zero_point": zero_point, f"{name}_bits": bits}
     mixed = quantized_attention(
-        q, k, v, **grids, **dict(zip(names, levels, strict=True)), **output_grid((proj, proj_numbers)), **rest
+        q,
+        k,
+        v,
+        **grids,
+        **dict(zip(LEVELS[len(levels)], levels, strict=True)),
+        **output_grid((proj, proj_numbers)),
+        **rest,
     )
     return linear(mixed.transpose(1, 2).flatten(2), (proj, proj_numbers))
+
+
+def attention_on_tokens(x, arguments, symmetric, *, num_heads, **rest):
+    qkv, qkv_numbers, proj, proj_numbers, _, _, bits, levels = arguments
+    values = linear(x, (qkv, qkv_numbers)).view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    options, codes = {}, []
+    for name, value in zip(("query", "key", "value"), values, strict=True):
+        code, scale, zero_point = dynamic_quantize(value, bits=bits, symmetric=symmetric)
+        codes.append(code)
+        options |= {f"{name}_scale": scale, f"{name}_zero_point": zero_point, f"{name}_bits": bits}
+    options |= dict(zip(LEVELS[len(levels)], levels, strict=True))
+    mixed = quantized_attention(*codes, **options, **output_grid((proj, proj_numbers)), **rest)
+    return linear(mixed.transpose(1, 2).flatten(2), (proj, proj_numbers))
+
+
+@pytest.mark.parametrize("softmax", ["table", "grid"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_attention_on_grids_of_tokens(each_tier, softmax, symmetric):
+    for bits, proj_scale in ((8, 0.02), (4, None)):
+        arguments, options = attention_arguments(softmax=softmax, proj_scale=proj_scale, bits=bits)
+        arguments = (*arguments[:4], [], [], *arguments[6:])
+        x = inputs(2, 17, 40)
+        for rest in ({}, {"is_causal": True}):
+            found = quantized_self_attention(x, *arguments, symmetric=symmetric, **options, **rest)
+            assert_same(found, attention_on_tokens(x, arguments, symmetric, **options, **rest))
 
 
 @pytest.mark.parametrize("softmax", ["table", "grid", "values"])
@@ -147,7 +191,9 @@ def test_opcheck_and_trace():
 
 def test_scripted():
     def both(x: torch.Tensor, fc1: list[torch.Tensor], fc2: list[torch.Tensor]) -> torch.Tensor:
-        return torch.ops.torchquant.quantized_mlp(x, fc1, [4, 40, 70, 0, 8], fc2, [4, 70, 24, 0, 8], activation="silu")
+        return torch.ops.torchquant.quantized_mlp(
+            x, fc1, [4, 40, 70, 0, 8, 0], fc2, [4, 70, 24, 0, 8, 0], activation="silu"
+        )
 
     fc1, fc2 = layer(40, 70), layer(70, 24, seed=5)
     x = inputs(3, 40)
@@ -157,8 +203,9 @@ def test_scripted():
 FC1, FC2 = layer(8, 6), layer(6, 4)
 MLP_ERRORS = {
     r"quantized_mlp: fc1 must be 6 tensors \(packed, .*\), got 5": (FC1[0][:5], FC1[1], *FC2),
-    r"quantized_mlp: fc2_numbers must be 5 \(bits, .*\), got 6": (*FC1, FC2[0], [*FC2[1], 1]),
-    r"quantized_linear: x must be \[..., 7\], got \[2, 8\]": (FC1[0], [4, 7, 6, 0, 8], *FC2),
+    r"quantized_mlp: fc2_numbers must be 6 \(bits, .*\), got 5": (*FC1, FC2[0], FC2[1][:5]),
+    r"quantized_mlp: fc1_numbers must end with 0 \(no grid .*\), got 3": (FC1[0], [*FC1[1][:5], 3], *FC2),
+    r"quantized_linear: x must be \[..., 7\], got \[2, 8\]": (FC1[0], [4, 7, 6, 0, 8, 0], *FC2),
     r"quantized_linear: x must be \[..., 5\], got \[2, 6\]": (*FC1, *layer(5, 4)),
     "quantized_linear: input_scale and input_zero_point must": ([*FC1[0][:5], NONE], FC1[1], *FC2),
 }

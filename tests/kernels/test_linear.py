@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from torchquant import _C
 from torchquant.kernels.linear import linear_prepack, quantized_linear
-from torchquant.quantizers import uniform_quantize
+from torchquant.quantizers import dynamic_quantize, uniform_quantize
 
 PREPACK = torch.ops.torchquant.linear_prepack.default
 LINEAR = torch.ops.torchquant.quantized_linear.default
@@ -109,6 +109,26 @@ def test_products_are_exact_up_to_float_summation(on_tier, kind, bits, group_siz
         got = weight.linear(x, input_bits=input_bits)
         assert got.shape == (rows, outputs) and got.dtype == torch.float32
         assert_close(got, wanted_of(weight, x, 127 if input_bits == 8 else 32767), weight, x)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("input_bits", [2, 4, 7, 8])
+@pytest.mark.parametrize(
+    "kind, bits, group_size", [("uniform", 4, 0), ("offset", 3, 24), ("uniform", 8, 32), ("levels", 4, 0)]
+)
+def test_grids_of_rows_are_those_of_dynamic_quantize(on_tier, kind, bits, group_size, input_bits, symmetric):
+    for rows, outputs, columns in SHAPES:
+        weight = Weight(outputs, columns, bits, group_size, kind)
+        x = torch.randn(rows, columns, generator=random(1)) * torch.logspace(-30, 30, max(rows, 1))[:rows, None]
+        if rows > 3:
+            x[0], x[1], x[2] = 0, 3.5, x[2].abs() + 1e4  # constant, and far from zero
+        for dtype in FLOAT_TYPES if rows == 6 else (torch.float32,):
+            own = (x.clamp(-6e4, 6e4)).to(dtype)
+            codes, scale, zero_point = dynamic_quantize(own, bits=input_bits, symmetric=symmetric)
+            grid = {"input_scale": scale, "input_zero_point": zero_point, "input_bits": input_bits}
+            grid, codes = (grid, codes) if columns else ({}, own)
+            got = weight.linear(own, input_bits=input_bits, input_symmetric=symmetric, activation="silu")
+            assert_same(got, weight.linear(codes, activation="silu", **grid).to(dtype))
 
 
 @pytest.mark.parametrize("kind, bits", KINDS_AND_BITS)
@@ -301,6 +321,15 @@ LINEAR_ERRORS = {
     ),
     r"grid must be \[2 or 3, 64\] as linear_prepack gives, got \[4, 64\]": (X, {"grid": torch.zeros(4, 64)}),
     "packed must be uint8 and grid float32, got Byte and Double": (X, {"grid": torch.zeros(2, 64).double()}),
+    "input_symmetric must be None with input_scale": (
+        X,
+        {"input_scale": ONE, "input_zero_point": ONE, "input_symmetric": True},
+    ),
+    "quantized_linear: bits must be 2..8, got 16": (X, {"input_symmetric": True, "input_bits": 16}),
+    "x must be finite, got 2 NaN or Inf": (
+        X.clone().index_fill_(1, torch.tensor(5), math.inf),
+        {"input_symmetric": False},
+    ),
     r"levels must have shape \[16\], got \[3\]": (X, {"levels": torch.zeros(3, dtype=torch.int8)}),
 }
 

@@ -66,14 +66,17 @@ def quantized_linear(
     output_scale: Tensor | None = None,
     output_zero_point: Tensor | None = None,
     output_bits: int = 8,
+    input_symmetric: bool | None = None,
 ) -> Tensor:
     """``y = f(x W^T + b) + residual`` with x as integers: exact integer sums, the same bits on every tier and for any
     number of threads.
 
-    ``x = (a - input_zero_point) * input_scale``. Three kinds of input:
+    ``x = (a - input_zero_point) * input_scale``. Four kinds of input:
 
     - float x without ``input_scale``: symmetric integers of each row (token), ``a = round(x * limit / max|x|)`` with
       limit 127 (``input_bits`` 8) or 32767 (16: as good as float activations);
+    - float x with ``input_symmetric``: the codes of each row on its own grid, those of
+      ``dynamic_quantize(x, bits=input_bits, symmetric=input_symmetric)``, made inside (CPU only);
     - float x with ``input_scale`` ``[]``: the codes that `torchquant.quantizers.uniform_quantize` gives, made inside;
     - uint8 x: such codes, with ``input_scale`` of one number or one for each row.
 
@@ -91,7 +94,7 @@ def quantized_linear(
         packed, grid, levels: from `linear_prepack`, with its ``bits`` and ``group_size``.
         bias: float ``[N]``.
         input_scale, input_zero_point: float32.
-        input_bits: 8 or 16 without ``input_scale``, else 2..8.
+        input_bits: 8 or 16 with neither ``input_scale`` nor ``input_symmetric``, else 2..8.
         activation: ``"none"``, ``"gelu"`` (exact, erf) or ``"silu"``.
         residual: float ``[..., N]``, added last.
         output_scale, output_zero_point: float32 ``[]`` or ``[P]``, one for each of P equal parts of the outputs: y as
@@ -124,6 +127,7 @@ def quantized_linear(
         output_scale=output_scale,
         output_zero_point=output_zero_point,
         output_bits=output_bits,
+        input_symmetric=input_symmetric,
     )
 
 

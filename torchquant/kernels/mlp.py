@@ -16,8 +16,9 @@ def quantized_mlp(
     """``fc2(activation(fc1(x)))``: two calls of `quantized_linear`, the first of which gives the codes that the second
     one takes.
 
-    A layer is ``[packed, grid, bias, levels, input_scale, input_zero_point]`` and the numbers ``[bits, in_features,
-    out_features, group_size, input_bits]``, as in `quantized_linear`, with empty tensors ``[0]`` for what there is not.
+    A layer is ``[packed, grid, bias, levels, input_scale, input_zero_point]``, with empty tensors ``[0]`` for what it
+    lacks, and the numbers ``[bits, in_features, out_features, group_size, input_bits, row_grids]``, as in
+    `quantized_linear`. ``row_grids``: 1 for ``input_symmetric=True``, 2 for False, 0 for None.
 
     Args:
         x: float or uint8 ``[..., K]``: what `quantized_linear` takes for ``fc1``.
@@ -29,7 +30,7 @@ def quantized_mlp(
         ``[..., N]`` in x's dtype (float32 for codes, as between the layers, too).
 
     Raises:
-        ValueError: not 6 tensors and 5 numbers; and what `quantized_linear` raises.
+        ValueError: not 6 tensors and 6 numbers; and what `quantized_linear` raises.
     """
     return torch.ops.torchquant.quantized_mlp(x, fc1, fc1_numbers, fc2, fc2_numbers, activation=activation)
 

@@ -20,6 +20,7 @@ def quantized_self_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    symmetric: bool = False,
 ) -> Tensor:
     """``proj(attention(qkv(x)))`` of ``num_heads`` heads: `quantized_linear`, `quantized_attention`,
     `quantized_linear`, with codes of q, k and v in between, and of the input of ``proj`` where it has a grid.
@@ -28,11 +29,13 @@ def quantized_self_attention(
 
     Args:
         x: float or uint8 ``[B, T, K]``: what `quantized_linear` takes for ``qkv``.
-        scales, zero_points: those of q, k and v, float32 of one number each.
+        scales, zero_points: those of q, k and v, float32 of one number each; or none: each token of a head has its own
+            grid, as `torchquant.quantizers.dynamic_quantize` finds it.
         bits: of their codes, 2..8.
         softmax: of `quantized_attention` a table ``[thresholds, exponents, eta]``, a grid ``[scale, zero_point]`` of
             ``softmax_bits``, or nothing.
         mask, scale, is_causal: as in `quantized_attention`.
+        symmetric: of grids of tokens.
 
     Returns:
         ``[B, T, N]`` float32.
@@ -56,6 +59,7 @@ def quantized_self_attention(
         mask=mask,
         scale=scale,
         is_causal=is_causal,
+        symmetric=symmetric,
     )
 
 

@@ -57,7 +57,7 @@ class QSelfAttention(RepeatedCall):
                 return False
         if hasattr(qkv, "kernel_weight") and hasattr(proj, "kernel_weight"):  # noqa: SIM102
             if qkv.runs_packed(x) and qkv.is_direct() and proj.kernel_weight.numel() > 0 and proj.is_direct():
-                return product.on_one_grid_each() and product.fits(x, x, x, mask)
+                return product.on_like_grids() and product.fits(x, x, x, mask)
         return False
 
     def fused(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -65,11 +65,12 @@ class QSelfAttention(RepeatedCall):
         layer, product, proj = self.qkv, self.product, self.proj
         if hasattr(layer, "kernel_weight") and hasattr(proj, "kernel_weight"):
             qkv, out = layer.arguments(), proj.arguments()
-            scales, zero_points, bits = product.grids()
+            scales, zero_points, bits, symmetric = product.grids()
             softmax, softmax_bits = product.softmax_levels()
             y = torch.ops.torchquant.quantized_self_attention(
                 x, qkv[0], qkv[1], out[0], out[1], scales, zero_points, bits, softmax, softmax_bits,
                 num_heads=self.num_heads, mask=None if is_causal else mask, scale=self.scale, is_causal=is_causal,
+                symmetric=symmetric,
             )  # fmt: skip
             x = y.to(proj.float_like.dtype)
         return x

@@ -100,21 +100,26 @@ class QAttention(nn.Module):
         return False
 
     @torch.jit.export
-    def on_one_grid_each(self) -> bool:
-        """Whether q, k and v have one grid each, of as many bits."""
+    def on_like_grids(self) -> bool:
+        """Whether ``on_grids()``, where those of q, k and v are of one kind and have as many bits."""
         q, k, v = self.query, self.key, self.value
         # TorchScript compiles what hasattr holds for.
         if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
             return self.on_grids() and q.bits == k.bits and q.bits == v.bits
+        if hasattr(q, "granularity") and hasattr(k, "granularity") and hasattr(v, "granularity"):
+            alike = q.bits == k.bits and q.bits == v.bits and q.symmetric == k.symmetric and q.symmetric == v.symmetric
+            return alike and self.on_grids() and q.granularity == k.granularity == v.granularity == "token"
         return False
 
     @torch.jit.export
-    def grids(self) -> tuple[list[Tensor], list[Tensor], int]:
-        """Scales, zero points and bits of q, k and v, where ``on_one_grid_each()``."""
+    def grids(self) -> tuple[list[Tensor], list[Tensor], int, bool]:
+        """Scales and zero points (none of tokens), bits and symmetry of q, k and v, where ``on_like_grids()``."""
         q, k, v = self.query, self.key, self.value
         if hasattr(q, "zero_point") and hasattr(k, "zero_point") and hasattr(v, "zero_point"):
-            return [q.scale, k.scale, v.scale], [q.zero_point, k.zero_point, v.zero_point], q.bits
-        return [], [], 8
+            return [q.scale, k.scale, v.scale], [q.zero_point, k.zero_point, v.zero_point], q.bits, False
+        if hasattr(q, "granularity"):
+            return [], [], q.bits, q.symmetric
+        return [], [], 8, False
 
     @torch.jit.export
     def softmax_levels(self) -> tuple[list[Tensor], int]:

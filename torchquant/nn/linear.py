@@ -64,20 +64,38 @@ class QLinear(QuantizedLayer):
 
     @torch.jit.export
     def is_direct(self) -> bool:
-        """Whether the kernel itself makes the input's integers: on one grid, or without a quantizer."""
-        return self.input_quantizer is None or self.input_grid()[0] is not None
+        """Whether the kernel itself makes the input's integers: without a quantizer, on one grid, or on a CPU on the
+        tokens' own grids."""
+        return self.input_quantizer is None or self.row_grids() > 0 or self.input_grid()[0] is not None
+
+    def row_grids(self) -> int:
+        """What the kernel makes of each token on a CPU: 1 a symmetric grid, 2 an asymmetric one, 0 none."""
+        quantizer = self.input_quantizer
+        if quantizer is not None:  # noqa: SIM102  (TorchScript compiles what hasattr holds for)
+            if hasattr(quantizer, "granularity"):  # noqa: SIM102
+                if quantizer.granularity == "token" and self.kernel_weight.is_cpu:
+                    return 1 if quantizer.symmetric else 2
+        return 0
+
+    def input_integers(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """Scale, zero point and bits of the input where ``is_direct()``, and ``row_grids``."""
+        quantizer, rows = self.input_quantizer, self.row_grids()
+        scale, zero_point, bits = self.input_grid()
+        if scale is None:
+            bits = 16
+            if quantizer is not None and rows > 0:
+                bits = quantizer.bits
+        return scale, zero_point, bits, rows
 
     @torch.jit.export
     def arguments(self) -> tuple[list[Tensor], list[int]]:
         """This layer as operators of several layers take it, e.g. `torchquant.kernels.quantized_mlp`."""
         none, bias = self.float_like, self.bias
-        scale, zero_point, bits = self.input_grid()
+        scale, zero_point, bits, rows = self.input_integers()
         tensors = [self.kernel_weight, self.kernel_grid, none if bias is None else bias, none, none, none]
         if scale is not None and zero_point is not None:
             tensors[4], tensors[5] = scale, zero_point
-        else:
-            bits = 16
-        return tensors, [self.bits, self.in_features, self.out_features, self.group_size, bits]
+        return tensors, [self.bits, self.in_features, self.out_features, self.group_size, bits, rows]
 
     def packed(
         self,
@@ -89,13 +107,14 @@ class QLinear(QuantizedLayer):
     ) -> Tensor:
         """`torchquant.kernels.quantized_linear` of what ``runs_packed``, or of the codes of ``input_grid``."""
         dtype = self.float_like.dtype if x.dtype == torch.uint8 else x.dtype
-        scale, zero_point, bits = self.input_grid()
+        scale, zero_point, bits, rows = self.input_integers()
         quantizer = self.input_quantizer
-        if scale is None:
-            bits = 16
-            if quantizer is not None:
-                x, scale, zero_point = quantizer.for_kernel(x)
-                bits = quantizer.bits
+        if quantizer is not None and scale is None and rows == 0:
+            x, scale, zero_point = quantizer.for_kernel(x)
+            bits = quantizer.bits
+        symmetric: bool | None = None
+        if rows > 0:
+            symmetric = rows == 1
         y = torch.ops.torchquant.quantized_linear(
             x,
             self.kernel_weight,
@@ -112,6 +131,7 @@ class QLinear(QuantizedLayer):
             output_scale=output_scale,
             output_zero_point=output_zero_point,
             output_bits=output_bits,
+            input_symmetric=symmetric,
         )
         return y if output_scale is not None else y.to(dtype)
 
