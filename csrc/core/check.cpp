@@ -3,8 +3,8 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
+#include <csrc/core/integers.h>
 
-#include <cmath>
 #include <limits>
 
 namespace torchquant {
@@ -44,18 +44,13 @@ void check_same_device(const char* op, const char* argument, const at::Tensor& t
 
 namespace {
 
-constexpr int64_t kFewValues = 64;
+constexpr int64_t kFewValues = 1 << 14;
 
-// Grids of activations are one value mostly: a loop costs less than a call into ATen.
+// Grids of activations are one value, or one for each token: a loop costs less than calls of ATen.
 bool few_and_finite(const at::Tensor& tensor) {
-  if (tensor.scalar_type() != at::kFloat || !tensor.is_cpu() || tensor.numel() > kFewValues ||
-      !tensor.is_contiguous())
-    return false;
-  const float* const values = tensor.const_data_ptr<float>();
-  for (int64_t i = 0; i < tensor.numel(); ++i) {
-    if (!std::isfinite(values[i])) return false;
-  }
-  return true;
+  return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.numel() <= kFewValues &&
+         tensor.is_contiguous() &&
+         magnitude_bits(tensor.const_data_ptr<float>(), tensor.numel()) <= kFiniteBits;
 }
 
 }  // namespace
