@@ -141,21 +141,19 @@ class QAttention(nn.Module):
         scale: float | None,
         is_causal: bool,
         grids: bool,
-        output_scale: Tensor | None = None,
-        output_zero_point: Tensor | None = None,
-        output_bits: int = 8,
     ) -> Tensor:
         """:func:`torchquant.kernels.quantized_attention` with the quantizer at ``softmax``; with ``grids`` also with
         those at ``query``, ``key`` and ``value``."""
         none: Tensor | None = None
-        table, grid, bits = [none, none, none], [none, none], [8, 8, 8, 8]
+        table, grid, bits = [none, none, none], [none, none], [8, 8, 8]
         query, key, value = [none, none], [none, none], [none, none]
-        softmax, of_query, of_key, of_value = self.softmax, self.query, self.key, self.value
+        levels, softmax_bits = self.softmax_levels()
+        if len(levels) == 3:
+            table[0], table[1], table[2] = levels[0], levels[1], levels[2]
+        elif len(levels) == 2:
+            grid[0], grid[1] = levels[0], levels[1]
+        of_query, of_key, of_value = self.query, self.key, self.value
         # TorchScript compiles a branch whose hasattr holds, and passes over the others.
-        if hasattr(softmax, "zero_point"):
-            grid[0], grid[1], bits[3] = softmax.scale, softmax.zero_point, softmax.bits
-        elif hasattr(softmax, "thresholds"):
-            table[0], table[1], table[2] = softmax.thresholds, softmax.exponents, softmax.eta
         if hasattr(of_query, "granularity") and hasattr(of_key, "granularity") and hasattr(of_value, "granularity"):  # noqa: SIM102
             if grids:
                 q, query[0], query[1] = of_query.for_kernel(q)
@@ -170,10 +168,10 @@ class QAttention(nn.Module):
             value[0], value[1], bits[2] = of_value.scale, of_value.zero_point, of_value.bits
         return torch.ops.torchquant.quantized_attention(
             q, k, v, mask, thresholds=table[0], exponents=table[1], eta=table[2], softmax_scale=grid[0],
-            softmax_zero_point=grid[1], softmax_bits=bits[3], scale=scale, is_causal=is_causal, query_scale=query[0],
-            query_zero_point=query[1], query_bits=bits[0], key_scale=key[0], key_zero_point=key[1], key_bits=bits[1],
-            value_scale=value[0], value_zero_point=value[1], value_bits=bits[2], output_scale=output_scale,
-            output_zero_point=output_zero_point, output_bits=output_bits,
+            softmax_zero_point=grid[1], softmax_bits=softmax_bits, scale=scale, is_causal=is_causal,
+            query_scale=query[0], query_zero_point=query[1], query_bits=bits[0], key_scale=key[0],
+            key_zero_point=key[1], key_bits=bits[1], value_scale=value[0], value_zero_point=value[1],
+            value_bits=bits[2],
         )  # fmt: skip
 
 
