@@ -174,10 +174,11 @@ class Repeat {
     return true;
   }
 
+  // What is let go may run Python, and so a collection that visits what is left.
   void clear() {
+    const std::vector<Entries> entries = std::exchange(entries_, {});
+    const torch::jit::Stack rest = std::exchange(rest_, {});
     op_.reset();
-    rest_.clear();
-    entries_.clear();
   }
 
  private:
