@@ -123,13 +123,16 @@ class Repeat {
   void keep(const py::list& modules) {
     clear();
     own_dict_ = dict_of(modules[0]);
-    PyObject* self = py::cast(this).ptr();
+    PyObject* const self = py::cast(this).ptr();
     for (const py::handle part : modules) {
       entries_.emplace_back(dict_of(part), self);
       for (const char* name :
            {"_modules", "_buffers", "_parameters", "_forward_hooks", "_forward_pre_hooks"})
         entries_.emplace_back(dict_in(part, name), self);
     }
+    const py::module_ every = py::module_::import("torch.nn.modules.module");
+    for (const char* name : {"_global_forward_hooks", "_global_forward_pre_hooks"})
+      entries_.emplace_back(dict_in(every, name), self);
   }
 
   void keep_call(py::handle x, const std::string& op, const std::string& overload,

@@ -12,6 +12,7 @@ from helpers import assert_same, random
 from nn.test_mlp import Mlp
 from small_models import run
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from torchquant.nn import QLinear
@@ -117,6 +118,15 @@ def test_changes_are_noticed(name):
     assert not is_repeated(module, x)
     again = [is_repeated(module, x) for _ in range(3)]
     assert again[-1] or name == "its own forward"
+
+
+def test_hooks_of_all_modules_see_every_call():
+    module, x, seen = settled(), inputs(), []
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda m, *_: seen.append(m is module))
+        module(x)
+        handle.remove()
+    assert seen.count(True) == 2
 
 
 def test_new_contents_of_a_tensor_are_seen():
