@@ -32,7 +32,7 @@ from .collect import Observed, Stats, collect_own, collect_pairs
 from .config import Activations, Scheme, Step, method_name, parse_method
 from .memory import quantized_bytes
 from .nn import from_float, layout, swap_modules
-from .nn.mlp import fuse_mlps
+from .nn.block import fuse_modules
 from .nn.quantizers import ActivationQuantizer
 from .nn.rewrite import rewrite_attention as rewrite
 from .nn.swap import unchanged_on_error
@@ -345,7 +345,7 @@ def swap_in(run: Run) -> None:
     """All new modules are made before the first one is put in."""
     layers: dict[nn.Module, nn.Module] = {run.targets[name].module: replacement(run, name) for name in run.solutions}
     swap_modules(run.model, layers | run.point_quantizers())
-    fuse_mlps(run.model)
+    fuse_modules(run.model)
 
 
 def finish(run: Run, scheme: Scheme, began: float) -> Report:

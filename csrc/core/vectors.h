@@ -48,6 +48,28 @@ inline __attribute__((always_inline)) void store(Vector vector, Element* to) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
+// Which lanes are among the first `count`: all bits of an Int.
+inline __attribute__((always_inline)) Ints first_lanes(int64_t count) {
+  alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                     8, 9, 10, 11, 12, 13, 14, 15};
+  const int64_t most = count < kVectorLanes ? count : kVectorLanes;
+  return load<Ints>(kLanes) < static_cast<int32_t>(most < 0 ? 0 : most);
+}
+
+// The first `count` floats from memory (none if negative), zeros behind them.
+inline __attribute__((always_inline)) Floats load_first(const float* from, int64_t count) {
+#if defined(__AVX512BW__)
+  const int64_t most = count < 0 ? 0 : count < kVectorLanes ? count : kVectorLanes;
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << most) - 1), from);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(from, (__m256i)first_lanes(count));
+#else
+  Floats floats{};
+  for (int64_t i = 0; i < count && i < kVectorLanes; ++i) floats[i] = from[i];
+  return floats;
+#endif
+}
+
 inline __attribute__((always_inline)) Floats to_floats(Ints integers) {
   return __builtin_convertvector(integers, Floats);
 }
@@ -107,15 +129,15 @@ inline __attribute__((always_inline)) Floats larger(Floats a, Floats b) {
 #endif
 }
 
-template <int kDistance, int... kLane>
-inline __attribute__((always_inline)) Floats swapped(Floats x,
+template <int kDistance, class Vector, int... kLane>
+inline __attribute__((always_inline)) Vector swapped(Vector x,
                                                      std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(x, x, (kLane ^ kDistance)...);
 }
 
 // All lanes in one; `join` takes two vectors, in any order.
-template <class Join>
-inline __attribute__((always_inline)) float joined(Floats x, const Join& join) {
+template <class Vector, class Join>
+inline __attribute__((always_inline)) auto joined(Vector x, const Join& join) {
   constexpr std::make_integer_sequence<int, kVectorLanes> kLanes;
   if constexpr (kVectorLanes > 8) x = join(x, swapped<8>(x, kLanes));
   if constexpr (kVectorLanes > 4) x = join(x, swapped<4>(x, kLanes));
@@ -278,20 +300,20 @@ inline __attribute__((always_inline)) void code_integers(const uint8_t* __restri
                                                          int32_t shift, int64_t count,
                                                          int8_t* __restrict__ a) {
   using Bytes = uint8_t __attribute__((vector_size(16)));
-  constexpr int64_t kBytes = sizeof(Bytes);
+  using Line = uint8_t __attribute__((vector_size(kVectorLanes * 4)));
   const auto less = static_cast<uint8_t>(shift);
-  if (count < kBytes) {
-    for (int64_t i = 0; i < count; ++i) a[i] = static_cast<int8_t>(codes[i] - less);
-    return;
-  }
-  const auto take = [&](int64_t i) __attribute__((always_inline)) {
-    Bytes bytes;
-    __builtin_memcpy(&bytes, codes + i, kBytes);
+  const auto take = [&](auto bytes, int64_t i) __attribute__((always_inline)) {
+    __builtin_memcpy(&bytes, codes + i, sizeof(bytes));
     bytes -= less;
-    __builtin_memcpy(a + i, &bytes, kBytes);
+    __builtin_memcpy(a + i, &bytes, sizeof(bytes));
   };
-  for (int64_t i = 0; i + kBytes < count; i += kBytes) take(i);
-  take(count - kBytes);  // some perhaps twice
+  int64_t i = 0;
+  for (; i + int64_t{sizeof(Line)} <= count; i += sizeof(Line)) take(Line{}, i);
+  for (; i + int64_t{sizeof(Bytes)} <= count; i += sizeof(Bytes)) take(Bytes{}, i);
+  if (i == count) return;
+  if (count >= int64_t{sizeof(Bytes)})
+    return take(Bytes{}, count - int64_t{sizeof(Bytes)});  // some twice
+  for (; i < count; ++i) a[i] = static_cast<int8_t>(codes[i] - less);
 }
 
 inline void code_integers(const uint8_t* __restrict__ codes, int32_t shift, int64_t count,

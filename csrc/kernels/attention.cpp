@@ -182,8 +182,9 @@ struct TaskMemory {
 // Attention of every head, cut into tasks.
 class Product {
  public:
-  Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
-          bool is_causal, const std::optional<OperandGrid>& output);
+  Product(const Operands& operands, at::IntArrayRef leading, const Mask& mask, const Levels& levels,
+          float scale, bool is_causal, const std::optional<OperandGrid>& output);
+  // [heads, L, Dv], or codes [..., heads, L, Dv]
   at::Tensor run() const {
     const int64_t parts = (x_.rows + rows_ - 1) / rows_;
     const int64_t groups = (x_.heads + heads_ - 1) / heads_;
@@ -192,7 +193,8 @@ class Product {
       for (int64_t task = begin; task < end; ++task)
         attend(task_at(task / parts * heads_, task % parts * rows_), memory);
     });
-    return output_.has_value() && !stores_codes() ? codes_of(out_, *output_) : out_;
+    if (stores_codes()) return out_.transpose(1, 2);
+    return output_.has_value() ? codes_of(out_, *output_) : out_;
   }
 
  private:
@@ -213,13 +215,15 @@ class Product {
   bool is_causal_;
   std::optional<OperandGrid> output_;
   std::optional<CodeGrid> code_grid_;  // where stores_codes()
-  at::Tensor out_;                     // [heads, L, Dv]
-  int64_t rows_ = 0;                   // of a task
-  int64_t heads_ = 0;                  // of a task; more than one only with all their rows
+  int64_t together_ = 1;               // heads whose codes of one token are neighbours
+  at::Tensor out_;     // [heads, L, Dv]; of codes [heads / together, L, together, Dv]
+  int64_t rows_ = 0;   // of a task
+  int64_t heads_ = 0;  // of a task; more than one only with all their rows
 };
 
-Product::Product(const Operands& operands, const Mask& mask, const Levels& levels, float scale,
-                 bool is_causal, const std::optional<OperandGrid>& output)
+Product::Product(const Operands& operands, at::IntArrayRef leading, const Mask& mask,
+                 const Levels& levels, float scale, bool is_causal,
+                 const std::optional<OperandGrid>& output)
     : x_(operands),
       mask_(mask),
       levels_(levels),
@@ -227,7 +231,12 @@ Product::Product(const Operands& operands, const Mask& mask, const Levels& level
       is_causal_(is_causal),
       output_(output) {
   if (stores_codes()) code_grid_.emplace(x_.width, std::vector<Grid>{output->grid}, output->bits);
-  out_ = at::empty({x_.heads, x_.rows, x_.width}, stores_codes() ? at::kByte : at::kFloat);
+  if (stores_codes()) {
+    if (!leading.empty()) together_ = leading.back();
+    out_ = at::empty({x_.heads / together_, x_.rows, together_, x_.width}, at::kByte);
+  } else {
+    out_ = at::empty({x_.heads, x_.rows, x_.width}, at::kFloat);
+  }
   const int64_t largest = integer() ? kMaxIntegerScores : kMaxScores;
   const int64_t least = std::min(integer() ? kMinIntegerRows : kMinRows, x_.rows);
   rows_ = std::clamp(largest / x_.keys, least, x_.rows);
@@ -271,7 +280,7 @@ void Product::score(const Task& task, TaskMemory& memory) const {
       x_.finite = false;
     PackedWeight weight = codes.view(task.head + h);
     weight.outputs = task.stride;
-    queries.multiply(weight, memory.scores.get() + h * task.rows * task.stride);
+    queries.multiply(weight, memory.scores.get() + h * task.rows * task.stride, task.stride);
   }
 }
 
@@ -299,11 +308,14 @@ void Product::mix(AttentionRows work, int64_t head, int64_t row, TaskMemory& mem
       integers.probabilities(work.rows, levels_.grid.scale * values.scale());
   work.codes = &codes;
   attention_rows(work);
-  const int64_t first = (head * x_.rows + row) * x_.width;
   if (stores_codes()) {
-    integers.multiply(values.view(head), out_.mutable_data_ptr<uint8_t>() + first, *code_grid_);
+    const int64_t first = (head / together_ * x_.rows + row) * together_ + head % together_;
+    integers.multiply(values.view(head), out_.mutable_data_ptr<uint8_t>() + first * x_.width,
+                      together_ * x_.width, *code_grid_);
   } else {
-    integers.multiply(values.view(head), out_.mutable_data_ptr<float>() + first);
+    const int64_t first = head * x_.rows + row;
+    integers.multiply(values.view(head), out_.mutable_data_ptr<float>() + first * x_.width,
+                      x_.width);
   }
 }
 
@@ -325,7 +337,7 @@ at::Tensor attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tens
     const at::Tensor zeros = at::zeros(shape, codes ? q.options().dtype(at::kFloat) : q.options());
     return grids.output.has_value() ? codes_of(zeros, *grids.output) : zeros;
   }
-  const Product product(operands, of_scores, levels, static_cast<float>(scale), is_causal,
+  const Product product(operands, leading, of_scores, levels, static_cast<float>(scale), is_causal,
                         grids.output);
   const at::Tensor out = product.run().view(shape);
   if (!operands.finite) {
@@ -395,6 +407,20 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "Tensor? output_scale=None, Tensor? output_zero_point=None, int output_bits=8) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_attention", quantized_attention); }
+namespace {
+
+// As an operator its outputs lie one after another.
+template <auto kFunction>
+struct Contiguous;
+template <class... Arguments, at::Tensor (*kFunction)(Arguments...)>
+struct Contiguous<kFunction> {
+  static at::Tensor call(Arguments... arguments) { return kFunction(arguments...).contiguous(); }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("quantized_attention", Contiguous<quantized_attention>::call);
+}
 
 }  // namespace torchquant

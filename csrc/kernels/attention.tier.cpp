@@ -43,26 +43,12 @@ inline __attribute__((always_inline)) Floats exponential(Floats x) {
   return n <= kLeastPower ? none : power;
 }
 
-// kRowPad scores times `scale`, -inf behind the first `count`; the first `stored` are in memory.
-inline void load_block(const float* scores, int64_t count, int64_t stored, float scale,
-                       float* row) {
-  alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                     8, 9, 10, 11, 12, 13, 14, 15};
+// The first `count` of kRowPad scores times `scale`, -inf behind them.
+inline void load_block(const float* scores, int64_t count, float scale, float* row) {
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
     const int64_t at = j * kVectorLanes, left = count - at;
-    Floats x{};
-    if (at + kVectorLanes <= stored) {
-      x = load<Floats>(scores + at);
-    } else if (left > 0) {
-      float some[kVectorLanes] = {};
-      for (int64_t i = 0; i < left && i < kVectorLanes; ++i) some[i] = scores[at + i];
-      x = load<Floats>(some);
-    }
-    const auto most = static_cast<int32_t>(left < 0              ? 0
-                                           : left < kVectorLanes ? left
-                                                                 : kVectorLanes);
-    const Ints there = load<Ints>(kLanes) < most;
-    store(there ? x * scale : Floats{} - kInfinity, row + at);
+    const Floats x = load_first(scores + at, left) * scale;
+    store(first_lanes(left) ? x : Floats{} - kInfinity, row + at);
   });
 }
 
@@ -71,7 +57,7 @@ inline void load_block(const float* scores, int64_t count, int64_t stored, float
 void load_row(const AttentionRows& work, int64_t r, int64_t first, float* __restrict__ row) {
   const int64_t causal = work.causal_keys + r, keys = causal < work.keys ? causal : work.keys;
   for (int64_t i = first; i < padded(work.keys); i += kRowPad)
-    load_block(work.scores + r * work.stride + i, keys - i, work.stride - i, work.scale, row + i);
+    load_block(work.scores + r * work.stride + i, keys - i, work.scale, row + i);
   if (work.mask != nullptr) {
     const float* __restrict__ mask = work.mask + r * work.mask_stride;
     for (int64_t i = 0; i < keys; ++i) row[i] += mask[i];
@@ -89,29 +75,22 @@ int64_t keys_left(const AttentionRows& work) {
 }
 
 // The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
-template <class Join>
-inline __attribute__((always_inline)) float fold(const float* lanes, const Join& join) {
+inline __attribute__((always_inline)) float sum_of(const Floats (&parts)[kParts]) {
+  alignas(64) float lanes[kRowPad];
+  for_each_part([&](int64_t j) { store(parts[j], lanes + j * kVectorLanes); });
   Float8 x[kVectors];
 #pragma GCC unroll 4
   for (int64_t j = 0; j < kVectors; ++j) x[j] = TORCHQUANT_LOAD8(lanes + j * kFloat8);
-  join(x[0], x[2]);
-  join(x[1], x[3]);
-  join(x[0], x[1]);
-  join(x[0], __builtin_shufflevector(x[0], x[0], 4, 5, 6, 7, 4, 5, 6, 7));
-  join(x[0], __builtin_shufflevector(x[0], x[0], 2, 3, 2, 3, 2, 3, 2, 3));
-  join(x[0], __builtin_shufflevector(x[0], x[0], 1, 1, 1, 1, 1, 1, 1, 1));
-  return x[0][0];
+  const Float8 sums = (x[0] + x[2]) + (x[1] + x[3]);
+  float rest[kFloat8];
+  TORCHQUANT_STORE8(rest, sums);
+  return ((rest[0] + rest[4]) + (rest[2] + rest[6])) + ((rest[1] + rest[5]) + (rest[3] + rest[7]));
 }
 
-template <class Join>
-inline __attribute__((always_inline)) float fold(const Floats (&parts)[kParts], const Join& join) {
-  alignas(64) float lanes[kRowPad];
-  for_each_part([&](int64_t j) { store(parts[j], lanes + j * kVectorLanes); });
-  return fold(lanes, join);
-}
-
-float largest_of(const Floats (&parts)[kParts]) {
-  return fold(parts, [](Float8& a, const Float8& b) { a = a > b ? a : b; });
+inline __attribute__((always_inline)) float largest_of(const Floats (&parts)[kParts]) {
+  Floats most = parts[0];
+  for_each_part([&](int64_t j) { most = larger(parts[j], most); });
+  return joined(most, [](Floats a, Floats b) { return larger(a, b); });
 }
 
 // Of scale * scores for the first `left` keys, and of what is in `row` for the others.
@@ -260,12 +239,8 @@ inline __attribute__((always_inline)) void write_block(const RowCodes& row, floa
                                                        GroupSums& group, To* to) {
   Ints a[kParts];
   block_integers<kDivide>(row, factor, e, group, a);
-  if (count < kRowPad) {
-    int32_t integers[kRowPad];
-    for_each_part([&](int64_t j) { store(a[j], integers + j * kVectorLanes); });
-    for (int32_t j = 0; j < kRowPad; ++j) integers[j] = j < count ? integers[j] : 0;
-    for_each_part([&](int64_t j) { a[j] = load<Ints>(integers + j * kVectorLanes); });
-  }
+  if (count < kRowPad)
+    for_each_part([&](int64_t j) { a[j] &= first_lanes(count - j * kVectorLanes); });
   int8_t own[kRowPad];
   int8_t* bytes = own;
   if constexpr (sizeof(To) == 1) bytes = to;
@@ -291,9 +266,7 @@ inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row, c
   if constexpr (!kDivide) farthest = larger(largest_of(group.farthest), farthest);
   Ints sums{};
   for_each_part([&](int64_t j) { sums += group.sums[j]; });
-  int32_t total = 0;
-  for (int64_t lane = 0; lane < kVectorLanes; ++lane) total += sums[lane];
-  return total;
+  return joined(sums, [](Ints a, Ints b) { return a + b; });
 }
 
 // The largest square, as of write_group.
@@ -409,7 +382,7 @@ void attention_rows(const AttentionRows& work) {
       Floats parts[kParts] = {};
       exponentials(scores + r * work.stride, work.scale, shifts[r], left, row, parts);
       exponentials(row + left, 1.0f, shifts[r], count - left, row + left, parts);
-      const float sum = fold(parts, [](Float8& a, const Float8& b) { a = a + b; });
+      const float sum = sum_of(parts);
       sums[r] = sum == 0.0f ? 1.0f : sum;
     }
     for (int64_t r = 0; r < rows; ++r) finish_row(work, first + r, work.row + r * count, sums[r]);

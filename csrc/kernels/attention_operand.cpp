@@ -283,15 +283,18 @@ PackedProduct IntegerRows::product(const PackedWeight& weight) const {
   return product;
 }
 
-void IntegerRows::multiply(const PackedWeight& weight, float* out) const {
+void IntegerRows::multiply(const PackedWeight& weight, float* out, int64_t stride) const {
   PackedProduct whole = product(weight);
   whole.out = out;
+  whole.out_stride = stride;
   packed_product(whole);
 }
 
-void IntegerRows::multiply(const PackedWeight& weight, uint8_t* codes, const CodeGrid& grid) const {
+void IntegerRows::multiply(const PackedWeight& weight, uint8_t* codes, int64_t stride,
+                           const CodeGrid& grid) const {
   PackedProduct whole = product(weight);
   whole.codes = codes;
+  whole.out_stride = stride;
   grid.apply_to(whole);
   packed_product(whole);
 }

@@ -94,9 +94,10 @@ class IntegerRows {
   bool quantize(const HeadRows& x, int64_t head, int64_t row, int64_t count, float unit);
   // `count` rows to write to instead; `unit` times an integer moved by its row's zero is a value.
   ProbabilityRows probabilities(int64_t count, float unit);
-  // To `out`, or its codes to `codes` where there is a grid for them.
-  void multiply(const PackedWeight& weight, float* out) const;
-  void multiply(const PackedWeight& weight, uint8_t* codes, const CodeGrid& grid) const;
+  // To rows of `out`, or codes to rows of `codes` where there is a grid for them; `stride` apart.
+  void multiply(const PackedWeight& weight, float* out, int64_t stride) const;
+  void multiply(const PackedWeight& weight, uint8_t* codes, int64_t stride,
+                const CodeGrid& grid) const;
 
  private:
   BlockLayout layout_;

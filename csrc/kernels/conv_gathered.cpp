@@ -193,14 +193,15 @@ class GatheredConv {
     return product_of(task.rows, q.narrow, nullptr, q.sums);
   }
 
-  static PackedProduct product_of(int64_t rows, const int8_t* narrow, const int16_t* wide,
-                                  const int32_t* sums) {
+  PackedProduct product_of(int64_t rows, const int8_t* narrow, const int16_t* wide,
+                           const int32_t* sums) const {
     PackedProduct p{};
     p.rows = rows;
     p.narrow = narrow;
     p.wide = wide;
     p.sums = sums;
     p.tier = cpu_tier();
+    p.out_stride = outputs_;
     return p;
   }
 

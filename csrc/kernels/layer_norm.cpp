@@ -8,6 +8,7 @@
 #include <csrc/core/device.h>
 #include <csrc/core/parallel.h>
 #include <csrc/kernels/code_grid.h>
+#include <csrc/kernels/operators.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -37,8 +38,7 @@ Grid grid_of(const at::Tensor& scale, const at::Tensor& zero_point) {
 }
 
 // float32 numbers as the leaf reads them, `missing` where there are none.
-std::vector<float> numbers_of(const std::optional<at::Tensor>& given, int64_t count,
-                              float missing) {
+std::vector<float> numbers_of(const OptionalTensor& given, int64_t count, float missing) {
   std::vector<float> numbers(static_cast<size_t>(padded(count, kNormLanes)), missing);
   if (given.has_value()) {
     const at::Tensor floats = given->to(at::kFloat).contiguous();
@@ -68,10 +68,12 @@ void encode(const LayerNormRows& all, const at::Tensor& rows, const at::Tensor& 
   if (!finite) check_finite(kOp, "x", x);
 }
 
-at::Tensor quantized_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                                const std::optional<at::Tensor>& bias,
-                                const at::Tensor& output_scale, const at::Tensor& output_zero_point,
-                                int64_t output_bits, double eps) {
+}  // namespace
+
+at::Tensor quantized_layer_norm(const at::Tensor& x, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const at::Tensor& output_scale,
+                                const at::Tensor& output_zero_point, int64_t output_bits,
+                                double eps) {
   check_device(kOp, x);
   const auto type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, kOp,
@@ -88,7 +90,7 @@ at::Tensor quantized_layer_norm(const at::Tensor& x, const std::optional<at::Ten
   check_bits(kOp, output_bits);
   const c10::DeviceGuard guard(x.device());
   if (x.is_cuda()) {
-    const auto floats = [](const std::optional<at::Tensor>& numbers) {
+    const auto floats = [](const OptionalTensor& numbers) {
       return numbers.has_value() ? std::optional(numbers->to(at::kFloat)) : std::nullopt;
     };
     const at::Tensor y =
@@ -112,8 +114,6 @@ at::Tensor quantized_layer_norm(const at::Tensor& x, const std::optional<at::Ten
   encode(all, x.contiguous().view({all.rows, columns}), x);
   return codes;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(

@@ -215,6 +215,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   product.rows = count;
   product.epilogue = epilogue;
   product.tier = cpu_tier();
+  product.out_stride = out_features;
   if (output.given()) output.apply_to(product, out);
   if (floats) {
     if (out.numel() > 0) multiply_floats(product, rows, bias, residual, out);

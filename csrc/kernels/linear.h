@@ -171,10 +171,11 @@ struct PackedProduct {
   const float* a_zero;    // [rows], or null: zero
   bool one_grid;          // all rows have the same a_scale and a_zero
   const float* bias;      // [outputs], or null
-  const float* residual;  // [rows, outputs], or null
+  const float* residual;  // as out, or null
   Epilogue epilogue;
-  CpuTier tier;  // for instructions beside the tier's code
-  float* out;    // [rows, outputs], or null: codes
+  CpuTier tier;        // for instructions beside the tier's code
+  float* out;          // [rows, outputs], or null: codes
+  int64_t out_stride;  // of the rows of out and codes; on CUDA there are outputs in each
 
   // In place of values their codes: to_code with the grid of each output.
   uint8_t* codes;                // [rows, outputs], or null

@@ -18,9 +18,9 @@ inline PackedProduct rows_of(const PackedProduct& all, int64_t first, int64_t co
   if (part.starts != nullptr) part.starts += first;
   part.a_scale += first;
   if (part.a_zero != nullptr) part.a_zero += first;
-  if (part.residual != nullptr) part.residual += first * all.weight.outputs;
-  if (part.out != nullptr) part.out += first * all.weight.outputs;
-  if (part.codes != nullptr) part.codes += first * all.weight.outputs;
+  if (part.residual != nullptr) part.residual += first * all.out_stride;
+  if (part.out != nullptr) part.out += first * all.out_stride;
+  if (part.codes != nullptr) part.codes += first * all.out_stride;
   return part;
 }
 

@@ -17,9 +17,9 @@ inline __attribute__((always_inline)) void with_bool(bool value, const Take& tak
 
 enum class Zeros { none, one, of_rows };  // zero points of activations
 
-// Nothing but what the names of Plain say, and activation functions.
+// Nothing but what the names of Plain say, activation functions, and what is added to values.
 inline bool is_plain(const PackedProduct& p) {
-  return p.residual == nullptr && (p.codes == nullptr || p.code_reciprocal != nullptr);
+  return p.codes == nullptr || (p.residual == nullptr && p.code_reciprocal != nullptr);
 }
 
 // What of a product is known when its last loop is compiled.
@@ -29,7 +29,7 @@ struct Plain {
   static void know(PackedProduct& p) {
     if (kOneGroup) p.weight.layout.groups = 1;
     know_pointer<kOffset>(p.weight.offset);
-    p.residual = nullptr;
+    if (kCodes) p.residual = nullptr;
     p.one_grid = kZeros != Zeros::of_rows;
     know_pointer<kZeros != Zeros::none>(p.a_zero);
     know_pointer<kCodes>(p.codes);

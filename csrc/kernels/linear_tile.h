@@ -97,7 +97,7 @@ inline void scale_row(const PackedProduct& p, int64_t row, int64_t output, int64
 
 inline void store_row(const PackedProduct& p, int64_t row, int64_t output, int64_t count,
                       float* __restrict__ y) {
-  const int64_t at = row * p.weight.outputs + output;
+  const int64_t at = row * p.out_stride + output;
   if (p.residual != nullptr) {
     const float* __restrict__ residual = p.residual + at;
     for (int64_t o = 0; o < count; ++o) y[o] += residual[o];

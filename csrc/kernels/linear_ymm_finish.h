@@ -43,8 +43,11 @@ struct HalfOutputs {
 
   inline __attribute__((always_inline)) void store_at(const PackedProduct& p, int64_t row,
                                                       Floats y) const {
-    const int64_t at = row * p.weight.outputs + output;
-    if (p.codes == nullptr) return store(y, p.out + at);
+    const int64_t at = row * p.out_stride + output;
+    if (p.codes == nullptr) {
+      if (p.residual != nullptr) y += load<Floats>(p.residual + at);
+      return store(y, p.out + at);
+    }
     y = smaller(code_scale * Reciprocal::kLimit, y);  // Reciprocal::times
     Floats quotient = fused(y, reciprocal, y * reciprocal_rest);
     quotient = fused(fused(-quotient, code_scale, y), reciprocal, quotient);

@@ -158,7 +158,7 @@ struct TileOutputs {
   // store_row, for the outputs that are there.
   inline __attribute__((always_inline)) void store(const PackedProduct& p, int64_t row,
                                                    int64_t tile, __m512 y) const {
-    const int64_t at = row * p.weight.outputs + tile * kTileOutputs;
+    const int64_t at = row * p.out_stride + tile * kTileOutputs;
     if (p.residual != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.residual + at);
     if (p.codes == nullptr) {
       _mm512_mask_storeu_ps(p.out + at, there, y);

@@ -10,7 +10,7 @@ at::Tensor quantized_mlp(const at::Tensor& x, at::TensorList fc1, at::IntArrayRe
                          std::string_view activation) {
   const PackedLayer first("quantized_mlp", "fc1", fc1, fc1_numbers);
   const PackedLayer second("quantized_mlp", "fc2", fc2, fc2_numbers);
-  return second(first(x, activation, &second));
+  return second(first(x, {activation, &second}));
 }
 
 }  // namespace

@@ -19,6 +19,12 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const OptionalTensor& output_zero_point, int64_t output_bits,
                             std::optional<bool> input_symmetric);
 
+at::Tensor quantized_layer_norm(const at::Tensor& x, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const at::Tensor& output_scale,
+                                const at::Tensor& output_zero_point, int64_t output_bits,
+                                double eps);
+
+// Codes may lie as [..., L, heads, Dv].
 at::Tensor quantized_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& mask,
     const OptionalTensor& thresholds, const OptionalTensor& exponents, const OptionalTensor& eta,

@@ -7,11 +7,11 @@ namespace {
 
 constexpr size_t kTensors = 6, kNumbers = 6;
 
+}  // namespace
+
 OptionalTensor given(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? OptionalTensor(tensor) : std::nullopt;
 }
-
-}  // namespace
 
 PackedLayer::PackedLayer(const char* op, const char* argument, at::TensorList tensors,
                          at::IntArrayRef numbers)
@@ -33,25 +33,25 @@ PackedLayer::PackedLayer(const char* op, const char* argument, at::TensorList te
   input_zero_point_ = given(tensors[5]);
 }
 
-at::Tensor PackedLayer::run(const at::Tensor& x, std::string_view activation,
+at::Tensor PackedLayer::run(const at::Tensor& x, const Epilogue& epilogue,
                             const OptionalTensor& scale, const OptionalTensor& zero_point,
                             int64_t bits) const {
   return quantized_linear(x, tensors_[0], tensors_[1], bias_, numbers_[0], numbers_[1], numbers_[2],
                           numbers_[3], levels_, input_scale_, input_zero_point_, numbers_[4],
-                          activation, std::nullopt, scale, zero_point, bits,
+                          epilogue.activation, epilogue.residual, scale, zero_point, bits,
                           numbers_[5] == 0 ? std::nullopt : std::optional(numbers_[5] == 1));
 }
 
-at::Tensor PackedLayer::operator()(const at::Tensor& x, std::string_view activation,
-                                   const PackedLayer* next) const {
+at::Tensor PackedLayer::operator()(const at::Tensor& x, const Epilogue& epilogue) const {
+  const PackedLayer* next = epilogue.next;
   if (next == nullptr || !next->input_scale_.has_value())
-    return run(x, activation, std::nullopt, std::nullopt, 8);
-  return run(x, activation, next->input_scale_, next->input_zero_point_, next->input_bits());
+    return run(x, epilogue, std::nullopt, std::nullopt, 8);
+  return run(x, epilogue, next->input_scale_, next->input_zero_point_, next->input_bits());
 }
 
 at::Tensor PackedLayer::codes(const at::Tensor& x, const at::Tensor& scale,
                               const at::Tensor& zero_point, int64_t bits) const {
-  return run(x, "none", scale, zero_point, bits);
+  return run(x, {"none"}, scale, zero_point, bits);
 }
 
 }  // namespace torchquant

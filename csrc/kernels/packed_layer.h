@@ -5,6 +5,9 @@
 
 namespace torchquant {
 
+// What a list of tensors has at a place; an empty tensor stands for nothing.
+OptionalTensor given(const at::Tensor& tensor);
+
 class PackedLayer {
  public:
   // tensors: packed, grid, bias, levels, input_scale, input_zero_point of quantized_linear;
@@ -13,9 +16,14 @@ class PackedLayer {
   PackedLayer(const char* op, const char* argument, at::TensorList tensors,
               at::IntArrayRef numbers);
 
-  // The outputs, or their codes where `next` is a layer that takes codes.
-  at::Tensor operator()(const at::Tensor& x, std::string_view activation = "none",
-                        const PackedLayer* next = nullptr) const;
+  // What becomes of the sums: activation(y) + residual, as codes where `next` takes codes.
+  struct Epilogue {
+    std::string_view activation = "none";
+    const PackedLayer* next = nullptr;
+    OptionalTensor residual = std::nullopt;
+  };
+  at::Tensor operator()(const at::Tensor& x, const Epilogue& epilogue) const;
+  at::Tensor operator()(const at::Tensor& x) const { return (*this)(x, {"none"}); }
   // Their codes on a grid for each of equal parts.
   at::Tensor codes(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point,
                    int64_t bits) const;
@@ -26,7 +34,7 @@ class PackedLayer {
   const OptionalTensor& input_zero_point() const { return input_zero_point_; }
 
  private:
-  at::Tensor run(const at::Tensor& x, std::string_view activation, const OptionalTensor& scale,
+  at::Tensor run(const at::Tensor& x, const Epilogue& epilogue, const OptionalTensor& scale,
                  const OptionalTensor& zero_point, int64_t bits) const;
 
   at::TensorList tensors_;

@@ -187,6 +187,7 @@ class LinearProblem {
     p.residual = residual_.data_or_null();
     p.epilogue = c_.epilogue;
     p.tier = tier;
+    p.out_stride = p.weight.outputs;
     p.out = out_.data_or_null();
     p.codes = out_codes_.data_or_null();
     p.code_scale = code_scale_.data_or_null();

@@ -7,6 +7,8 @@ from helpers import FLOAT_TYPES, assert_same, check_op, layouts, random, scripte
 from torchquant.kernels import (
     linear_prepack,
     quantized_attention,
+    quantized_block,
+    quantized_layer_norm,
     quantized_linear,
     quantized_mlp,
     quantized_self_attention,
@@ -15,6 +17,7 @@ from torchquant.quantizers import dynamic_quantize, sulq_fit
 
 MLP = torch.ops.torchquant.quantized_mlp.default
 ATTENTION = torch.ops.torchquant.quantized_self_attention.default
+BLOCK = torch.ops.torchquant.quantized_block.default
 NONE = torch.empty(0)
 LEVELS = {2: ("softmax_scale", "softmax_zero_point"), 3: ("thresholds", "exponents", "eta"), 0: ()}
 
@@ -165,6 +168,77 @@ def test_self_attention_is_its_parts(each_tier, softmax, proj_scale, bits):
             assert found.shape == (2, 17, 30)
 
 
+def block_arguments(grids=True, bias=True):
+    scale = 0.05 if grids else None
+    qkv, proj = layer(40, 72, scale=scale, rows=0 if grids else 1), layer(24, 40, seed=5, scale=0.02)
+    fc1, fc2 = layer(40, 70, seed=6, scale=scale, rows=0 if grids else 1), layer(70, 40, seed=7)
+    arguments, options = attention_arguments()
+    norms = [1 + 0.1 * torch.randn(40, generator=random(i)) for i in range(4)]
+    norms = norms if bias else [norms[0], NONE, NONE, NONE]
+    return (norms, [1e-5, 1e-3], *qkv, *proj, *arguments[4:], 8, *fc1, *fc2), options
+
+
+def block_by_parts(x, norms, eps, *arguments, activation="gelu", **options):
+    attention, mlp = arguments[:9], arguments[9:]
+
+    def norm(x, which, layer):
+        weight, bias = (t if t.numel() else None for t in norms[2 * which : 2 * which + 2])
+        grid = output_grid(layer)
+        if not grid:
+            return torch.nn.functional.layer_norm(x, [40], weight, bias, eps[which])
+        return quantized_layer_norm(x, weight, bias, eps=eps[which], **grid)
+
+    y = x + quantized_self_attention(norm(x, 0, attention[:2]), *attention, **options)
+    return y + quantized_mlp(norm(y, 1, mlp[:2]), *mlp, activation=activation)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grids", [True, False])
+def test_block_is_its_parts(each_tier, grids, bias):
+    arguments, options = block_arguments(grids, bias)
+    for shape in ((1, 17, 40), (7, 90, 40), (3, 300, 40), (2, 0, 40), (0, 5, 40)):
+        x = inputs(*shape)
+        for activation in ("gelu", "silu"):
+            found = quantized_block(x, *arguments, **options, activation=activation)
+            assert_same(found, block_by_parts(x, *arguments, **options, activation=activation))
+    x = inputs(4, 9, 40)
+    for other in layouts(x[0]).values():
+        assert_same(quantized_block(other[None], *arguments, **options), quantized_block(x[:1], *arguments, **options))
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_same(quantized_block(strided, *arguments, **options), quantized_block(x, *arguments, **options))
+
+
+BLOCK_ERRORS = {
+    r"quantized_block: x must be \[B, T, K\], got \[17, 40\]": {"x": torch.zeros(17, 40)},
+    "quantized_block: x must be float32, got Half": {"x": torch.zeros(1, 17, 40, dtype=torch.float16)},
+    "quantized_block: norms must be weight and bias of two, with two eps, got 3 tensors and 2 eps": {
+        "norms": [NONE] * 3
+    },
+    "quantized_block: norms must be weight and bias of two, with two eps, got 4 tensors and 1 eps": {"eps": [1e-5]},
+    "quantized_block: fc1 must be 6 tensors": {"fc1": [NONE]},
+    "quantized_block: num_heads must divide": {"num_heads": 5},
+    "quantized_block: softmax must be": {"softmax": [NONE]},
+    "quantized_block: proj and fc2 must give the 30 features of x, got 40 and 40": {"x": torch.zeros(1, 17, 30)},
+    r"quantized_layer_norm: weight must have shape \[40\]": {"norms": [torch.ones(39), NONE, NONE, NONE]},
+}
+
+
+@pytest.mark.parametrize("text", BLOCK_ERRORS)
+def test_bad_blocks_are_refused(text):
+    names = (
+        "norms eps qkv qkv_numbers proj proj_numbers scales zero_points bits softmax softmax_bits "
+        "fc1 fc1_numbers fc2 fc2_numbers"
+    )
+    arguments, options = block_arguments()
+    given = {"x": inputs(2, 17, 40), **dict(zip(names.split(), arguments, strict=True)), **options}
+    with pytest.raises((ValueError, TypeError), match=text):
+        quantized_block(**given | BLOCK_ERRORS[text])
+    not_finite = inputs(2, 300, 40)
+    not_finite[1, 7, 3] = float("nan")
+    with pytest.raises(ValueError, match="quantized_layer_norm: x"):
+        quantized_block(not_finite, *arguments, **options)
+
+
 def test_layouts_and_empty_inputs(each_tier):
     fc1, fc2 = layer(40, 70), layer(70, 24, seed=5)
     arguments, options = attention_arguments()
@@ -185,7 +259,14 @@ def test_opcheck_and_trace():
     check_op(MLP, (x, *fc1, *fc2))
     check_op(MLP, (x.half(), *layer(40, 70, scale=None), *layer(70, 24, scale=None)))
     check_op(ATTENTION, (x, *arguments), options)
-    for run in (lambda x: quantized_mlp(x, *fc1, *fc2), lambda x: quantized_self_attention(x, *arguments, **options)):
+    block = block_arguments()[0]
+    check_op(BLOCK, (x, *block), options)
+    runs = (
+        lambda x: quantized_mlp(x, *fc1, *fc2),
+        lambda x: quantized_self_attention(x, *arguments, **options),
+        lambda x: quantized_block(x, *block, **options),
+    )
+    for run in runs:
         assert_same(torch.jit.trace(run, (x,))(2 * x), run(2 * x))
 
 

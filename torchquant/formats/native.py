@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint import write_atomically
 from ..nn import QuantizedLayer, rewrite_attention, swap_modules
 from ..nn.attention_product import POINTS
-from ..nn.mlp import fuse_mlps
+from ..nn.block import fuse_modules
 from ..nn.quantizers import ActivationQuantizer, quantizer_from
 from ..nn.rewrite import REWRITTEN
 from ..nn.swap import quantized_class, unchanged_on_error
@@ -142,7 +142,7 @@ def load(folder: str | Path, model_or_factory: nn.Module | Callable[[], nn.Modul
     for name, layer in layers.items():
         layer.float_like = layer.weight_scale.new_empty(0, dtype=getattr(torch, config["layers"][name]["dtype"]))
         layer.prepack()
-    fuse_mlps(model)
+    fuse_modules(model)
     return model
 
 

@@ -1,4 +1,5 @@
 from .attention import quantized_attention
+from .block import quantized_block
 from .conv import conv_prepack, quantized_conv2d
 from .integer_scales import integer_group_scales
 from .layer_norm import quantized_layer_norm
@@ -13,6 +14,7 @@ __all__ = [
     "linear_prepack",
     "pack_codes",
     "quantized_attention",
+    "quantized_block",
     "quantized_conv2d",
     "quantized_layer_norm",
     "quantized_linear",
