@@ -284,6 +284,7 @@ class GatheredConv {
     auto* const out = output_.out.mutable_data_ptr<float>();
     if (stores_directly()) {
       p.out = out + first_pixel * s_.outputs;
+      p.streams = streams_to(out, s_.batch * s_.out.area(), s_.outputs);
       return packed_product(p);
     }
     packed_product(p);

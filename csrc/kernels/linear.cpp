@@ -221,7 +221,10 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
     if (out.numel() > 0) multiply_floats(product, rows, bias, residual, out);
     return out.view(shape);
   }
-  if (!output.given()) product.out = out.mutable_data_ptr<float>();
+  if (!output.given()) {
+    product.out = out.mutable_data_ptr<float>();
+    product.streams = streams_to(product.out, count, out_features);
+  }
   const Activations a =
       quantize_activations(rows, input, product.weight, input_bits == 16 || weight.needs_wide());
   if (a.integers.scalar_type() == at::kShort)

@@ -176,6 +176,7 @@ struct PackedProduct {
   CpuTier tier;        // for instructions beside the tier's code
   float* out;          // [rows, outputs], or null: codes
   int64_t out_stride;  // of the rows of out and codes; on CUDA there are outputs in each
+  bool streams;        // whether `out` goes past the caches; see streams_to
 
   // In place of values their codes: to_code with the grid of each output.
   uint8_t* codes;                // [rows, outputs], or null
@@ -189,6 +190,14 @@ struct PackedProduct {
   int64_t segments;
   int32_t* dots;  // [segments, groups, rows, tiles * 16]
 };
+
+// Whether values that fill rows of a whole tensor should be written past the caches: it is larger
+// than what will be found there again, and a line that is written whole need not be read first.
+inline bool streams_to(const float* out, int64_t rows, int64_t outputs) {
+  constexpr int64_t kCached = 6 << 20;  // bytes
+  return rows * outputs * 4 >= kCached && outputs % kTileOutputs == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLine == 0;
+}
 
 // Activations to integers: a = clamp(round(x / scale + zero_point)) - shift. Where no scale is
 // given it is that of the row's largest magnitude, or scale and zero point are those of its

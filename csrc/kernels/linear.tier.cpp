@@ -1,6 +1,8 @@
 #include <csrc/kernels/linear_tile.h>
 
-#if defined(__AVX2__) && !defined(__AVX512BW__)
+#if defined(__AVX512BW__)
+#include <xmmintrin.h>
+#elif defined(__AVX2__)
 #include <csrc/kernels/linear_avx2.h>
 #endif
 
@@ -62,8 +64,9 @@ void run_scalar(const PackedProduct& p) {
 void packed_product(const PackedProduct& p) {
 #if defined(__AVX512BW__)
   if (p.tier == CpuTier::avx512) return avx2::packed_product(p);
-  if (p.tier == CpuTier::avx512_amx && amx_product(p)) return;
-  p.wide != nullptr ? vnni_product_of_words(p) : vnni_product_of_bytes(p);
+  if (p.tier != CpuTier::avx512_amx || !amx_product(p))
+    p.wide != nullptr ? vnni_product_of_words(p) : vnni_product_of_bytes(p);
+  if (p.streams) _mm_sfence();  // ahead of whatever tells other threads that the outputs are there
 #elif defined(__AVX2__)
   run_avx2(p);
 #else

@@ -161,6 +161,7 @@ struct TileOutputs {
     const int64_t at = row * p.out_stride + tile * kTileOutputs;
     if (p.residual != nullptr) y = y + _mm512_maskz_loadu_ps(there, p.residual + at);
     if (p.codes == nullptr) {
+      if (p.streams) return _mm512_stream_ps(p.out + at, y);
       _mm512_mask_storeu_ps(p.out + at, there, y);
       return;
     }

@@ -192,18 +192,31 @@ def test_codes_with_a_grid_for_each_row(on_tier):
     assert_close(got.view(6, 20), values.view(6, 40) @ weight.values().T, weight, 100 + values.view(6, 40).abs())
 
 
-def test_epilogues(on_tier):
+@pytest.mark.parametrize("rows", [5, 40])
+def test_epilogues(on_tier, rows):
     weight = Weight(33, 64, 4)
     weight.scale[:] = 0.05
-    x, bias = torch.randn(5, 64, generator=random(8)), torch.randn(33, generator=random(9))
+    x, bias = torch.randn(rows, 64, generator=random(8)), torch.randn(33, generator=random(9))
     x[0] = 0
-    residual = torch.randn(5, 33, generator=random(10))
+    residual = torch.randn(rows, 33, generator=random(10))
     plain = weight.linear(x, bias)
     assert_same(plain[0], bias)
     torch.testing.assert_close(plain, weight.linear(x) + bias)
     for name, function in (("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)):
         got = weight.linear(x, bias, activation=name, residual=residual)
         torch.testing.assert_close(got, function(plain) + residual, rtol=2e-6, atol=2e-6)
+
+
+def test_outputs_larger_than_caches(on_tier):
+    weight = Weight(528, 33, 4)
+    x, residual = torch.randn(3000, 33, generator=random(8)), torch.randn(3000, 528, generator=random(10))
+    for options in ({}, {"residual": residual}, {"activation": "gelu", "residual": residual}):
+        parts = [
+            {name: t[i : i + 100] if name == "residual" else t for name, t in options.items()}
+            for i in range(0, 3000, 100)
+        ]
+        wanted = [weight.linear(rows, **part) for rows, part in zip(x.split(100), parts, strict=True)]
+        assert_same(weight.linear(x, **options), torch.cat(wanted))
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
