@@ -32,9 +32,9 @@ struct Block {
   PackedLayer fc1, fc2;
   std::string_view activation;
 
-  at::Tensor operator()(const at::Tensor& x) const {
+  at::Tensor operator()(const at::Tensor& x, const OptionalTensor& out = std::nullopt) const {
     const at::Tensor y = attention(norm1(x, attention.first_layer()), std::nullopt, false, x);
-    return fc2(fc1(norm2(y, fc1), {activation, &fc2}), {"none", nullptr, y});
+    return fc2(fc1(norm2(y, fc1), {activation, &fc2}), {"none", nullptr, y, out});
   }
 };
 
@@ -44,10 +44,10 @@ at::Tensor in_chunks(const Block& block, const at::Tensor& x) {
   const int64_t step = std::max<int64_t>(kChunkTokens / std::max<int64_t>(x.size(1), 1), 1);
   const int64_t chunks = (batch + step - 1) / step;
   if (chunks < 2 || chunks % threads != 0) return block(x);
-  at::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false));
+  const at::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false));
   for_each_chunk(chunks, [&](int64_t i) {
     const int64_t first = i * step, count = std::min(step, batch - first);
-    y.narrow(0, first, count).copy_(block(x.narrow(0, first, count)));
+    block(x.narrow(0, first, count), y.narrow(0, first, count));
   });
   return y;
 }

@@ -173,15 +173,16 @@ at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
 
 }  // namespace
 
-at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
-                            const OptionalTensor& bias, int64_t bits, int64_t in_features,
-                            int64_t out_features, int64_t group_size, const OptionalTensor& levels,
-                            const OptionalTensor& input_scale,
-                            const OptionalTensor& input_zero_point, int64_t input_bits,
-                            std::string_view activation, const OptionalTensor& residual,
-                            const OptionalTensor& output_scale,
-                            const OptionalTensor& output_zero_point, int64_t output_bits,
-                            std::optional<bool> input_symmetric) {
+at::Tensor quantized_linear_to(const OptionalTensor& to, const at::Tensor& x,
+                               const at::Tensor& packed, const at::Tensor& grid,
+                               const OptionalTensor& bias, int64_t bits, int64_t in_features,
+                               int64_t out_features, int64_t group_size,
+                               const OptionalTensor& levels, const OptionalTensor& input_scale,
+                               const OptionalTensor& input_zero_point, int64_t input_bits,
+                               std::string_view activation, const OptionalTensor& residual,
+                               const OptionalTensor& output_scale,
+                               const OptionalTensor& output_zero_point, int64_t output_bits,
+                               std::optional<bool> input_symmetric) {
   check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits, input_symmetric};
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
@@ -207,8 +208,9 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   }
   const at::Tensor rows = as_rows(x, in_features, codes || floats);
   const auto type = output.given() ? at::kByte : floats ? x.scalar_type() : at::kFloat;
-  const at::Tensor out =
-      at::empty({count, out_features}, x.options().dtype(type).requires_grad(false));
+  const at::Tensor out = to.has_value() ? to->view({count, out_features})
+                                        : at::empty({count, out_features},
+                                                    x.options().dtype(type).requires_grad(false));
   PackedProduct product{};
   product.weight = weight.view(input_bits == 16);
   product.last_tile = (out_features + kTileOutputs - 1) / kTileOutputs;
@@ -249,6 +251,21 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
   if (out.numel() > 0) x.is_cuda() ? multiply_on_cuda(product, a.integers) : multiply(product);
   const at::Tensor y = out.view(shape);
   return codes || output.given() ? y : y.to(x.scalar_type());
+}
+
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
+                            const OptionalTensor& bias, int64_t bits, int64_t in_features,
+                            int64_t out_features, int64_t group_size, const OptionalTensor& levels,
+                            const OptionalTensor& input_scale,
+                            const OptionalTensor& input_zero_point, int64_t input_bits,
+                            std::string_view activation, const OptionalTensor& residual,
+                            const OptionalTensor& output_scale,
+                            const OptionalTensor& output_zero_point, int64_t output_bits,
+                            std::optional<bool> input_symmetric) {
+  return quantized_linear_to(std::nullopt, x, packed, grid, bias, bits, in_features, out_features,
+                             group_size, levels, input_scale, input_zero_point, input_bits,
+                             activation, residual, output_scale, output_zero_point, output_bits,
+                             input_symmetric);
 }
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {

@@ -21,6 +21,7 @@ class PackedLayer {
     std::string_view activation = "none";
     const PackedLayer* next = nullptr;
     OptionalTensor residual = std::nullopt;
+    OptionalTensor out = std::nullopt;  // where float32 outputs are to lie
   };
   at::Tensor operator()(const at::Tensor& x, const Epilogue& epilogue) const;
   at::Tensor operator()(const at::Tensor& x) const { return (*this)(x, {"none"}); }
