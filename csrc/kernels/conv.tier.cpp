@@ -61,21 +61,49 @@ void from_planes(const QuantizeImage& q, const From* x, To* image) {
   }
 }
 
-// Pixels of one image row at a time: their channels are contiguous on both sides.
-template <class From, class To>
-void from_pixels(const QuantizeImage& q, const From* x, To* image) {
+// take(first pixel, pixels) for what lies in one image row.
+template <class Take>
+void for_each_row(const QuantizeImage& q, int64_t most, const Take& take) {
   for (int64_t first = q.first; first < q.last;) {
     const int64_t row_end = (first / q.size.w + 1) * q.size.w;
-    const int64_t end = row_end < q.last ? row_end : q.last;
-    make_integers(q, x + first * q.channels, (end - first) * q.channels,
-                  image + pixel_offset(q, first));
-    first = end;
+    const int64_t left = (row_end < q.last ? row_end : q.last) - first;
+    const int64_t pixels = left < most ? left : most;
+    take(first, pixels);
+    first += pixels;
   }
+}
+
+// Of pictures: transposed blocks would be mostly empty.
+constexpr int64_t kColours = 3;
+template <class From, class To>
+void from_colours(const QuantizeImage& q, const From* x, To* image) {
+  constexpr int64_t kMost = 512;
+  To integers[kColours][kMost];
+  for_each_row(q, kMost, [&](int64_t first, int64_t pixels) {
+    for (int64_t c = 0; c < kColours; ++c)
+      make_integers(q, x + c * q.size.area() + first, pixels, integers[c]);
+    To* __restrict__ to = image + pixel_offset(q, first);
+    for (int64_t p = 0; p < pixels; ++p) {
+      to[kColours * p] = integers[0][p];
+      to[kColours * p + 1] = integers[1][p];
+      to[kColours * p + 2] = integers[2][p];
+    }
+  });
+}
+
+// Pixels' channels are contiguous on both sides.
+template <class From, class To>
+void from_pixels(const QuantizeImage& q, const From* x, To* image) {
+  for_each_row(q, q.size.w, [&](int64_t first, int64_t pixels) {
+    make_integers(q, x + first * q.channels, pixels * q.channels, image + pixel_offset(q, first));
+  });
 }
 
 template <class From>
 void quantize_from(const QuantizeImage& q, const From* x) {
   if (q.channels_last) return q.wide ? from_pixels(q, x, q.wide) : from_pixels(q, x, q.narrow);
+  if (q.channels == kColours)
+    return q.wide ? from_colours(q, x, q.wide) : from_colours(q, x, q.narrow);
   q.wide ? from_planes(q, x, q.wide) : from_planes(q, x, q.narrow);
 }
 
