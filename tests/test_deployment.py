@@ -166,7 +166,7 @@ class PackedLinear(nn.Module):
 
 
 class Layers(nn.Module):
-    """Operators of two layers: an MLP and attention with its projections, three heads of four channels."""
+    """Operators of several layers: an MLP, attention with its projections (three heads of four channels), a block."""
 
     def forward(self, rows: Tensor, weight: Tensor) -> list[Tensor]:
         codes, scale, zero_point = torch.ops.torchquant.rtn_quantize(weight[:36], bits=4)
@@ -183,7 +183,13 @@ class Layers(nn.Module):
             rows.unsqueeze(0), first, [4, 40, 36, 0, 16, 0], out, [4, 12, 36, 0, 8, 0], [step, step, step],
             [zero, zero, zero], 8, [step, zero], 8, num_heads=3,
         )  # fmt: skip
-        return [y, z]
+        numbers = [4, 36, 36, 0, 8, 0]
+        block = torch.ops.torchquant.quantized_block(
+            rows[:, :36].unsqueeze(0), [step.expand(36), none, none, none], [1e-5, 1e-3], second, numbers, out,
+            [4, 12, 36, 0, 8, 0], [step, step, step], [zero, zero, zero], 8, [step, zero], 8, second, numbers, second,
+            numbers, num_heads=3,
+        )  # fmt: skip
+        return [y, z, block]
 
 
 class IntegerScales(nn.Module):
