@@ -173,16 +173,15 @@ at::Tensor as_rows(const at::Tensor& tensor, int64_t columns, bool keep_type) {
 
 }  // namespace
 
-at::Tensor quantized_linear_to(const OptionalTensor& to, const at::Tensor& x,
-                               const at::Tensor& packed, const at::Tensor& grid,
-                               const OptionalTensor& bias, int64_t bits, int64_t in_features,
-                               int64_t out_features, int64_t group_size,
-                               const OptionalTensor& levels, const OptionalTensor& input_scale,
-                               const OptionalTensor& input_zero_point, int64_t input_bits,
-                               std::string_view activation, const OptionalTensor& residual,
-                               const OptionalTensor& output_scale,
-                               const OptionalTensor& output_zero_point, int64_t output_bits,
-                               std::optional<bool> input_symmetric) {
+at::Tensor quantized_linear(const OptionalTensor& to, const at::Tensor& x, const at::Tensor& packed,
+                            const at::Tensor& grid, const OptionalTensor& bias, int64_t bits,
+                            int64_t in_features, int64_t out_features, int64_t group_size,
+                            const OptionalTensor& levels, const OptionalTensor& input_scale,
+                            const OptionalTensor& input_zero_point, int64_t input_bits,
+                            std::string_view activation, const OptionalTensor& residual,
+                            const OptionalTensor& output_scale,
+                            const OptionalTensor& output_zero_point, int64_t output_bits,
+                            std::optional<bool> input_symmetric) {
   check_device(kOp, x);
   const InputGrid input{input_scale, input_zero_point, input_bits, input_symmetric};
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, kOp, ": x must be [..., ",
@@ -253,20 +252,17 @@ at::Tensor quantized_linear_to(const OptionalTensor& to, const at::Tensor& x,
   return codes || output.given() ? y : y.to(x.scalar_type());
 }
 
-at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
-                            const OptionalTensor& bias, int64_t bits, int64_t in_features,
-                            int64_t out_features, int64_t group_size, const OptionalTensor& levels,
-                            const OptionalTensor& input_scale,
-                            const OptionalTensor& input_zero_point, int64_t input_bits,
-                            std::string_view activation, const OptionalTensor& residual,
-                            const OptionalTensor& output_scale,
-                            const OptionalTensor& output_zero_point, int64_t output_bits,
-                            std::optional<bool> input_symmetric) {
-  return quantized_linear_to(std::nullopt, x, packed, grid, bias, bits, in_features, out_features,
-                             group_size, levels, input_scale, input_zero_point, input_bits,
-                             activation, residual, output_scale, output_zero_point, output_bits,
-                             input_symmetric);
-}
+namespace {
+
+// As an operator it has no place for its outputs yet.
+template <auto kFunction>
+struct ToNewTensor;
+template <class... Arguments, at::Tensor (*kFunction)(const OptionalTensor&, Arguments...)>
+struct ToNewTensor<kFunction> {
+  static at::Tensor call(Arguments... arguments) { return kFunction(std::nullopt, arguments...); }
+};
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torchquant, m) {
   m.def(
@@ -277,9 +273,13 @@ TORCH_LIBRARY_FRAGMENT(torchquant, m) {
       "Tensor? output_zero_point=None, int output_bits=8, bool? input_symmetric=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(torchquant, CPU, m) { m.impl("quantized_linear", quantized_linear); }
+TORCH_LIBRARY_IMPL(torchquant, CPU, m) {
+  m.impl("quantized_linear", ToNewTensor<quantized_linear>::call);
+}
 #ifdef TORCHQUANT_CUDA
-TORCH_LIBRARY_IMPL(torchquant, CUDA, m) { m.impl("quantized_linear", quantized_linear); }
+TORCH_LIBRARY_IMPL(torchquant, CUDA, m) {
+  m.impl("quantized_linear", ToNewTensor<quantized_linear>::call);
+}
 #endif
 
 }  // namespace torchquant

@@ -9,7 +9,9 @@ namespace torchquant {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& grid,
+// Float32 outputs of a float32 or uint8 x lie in `out`, where that is given: one row after another.
+at::Tensor quantized_linear(const OptionalTensor& out, const at::Tensor& x,
+                            const at::Tensor& packed, const at::Tensor& grid,
                             const OptionalTensor& bias, int64_t bits, int64_t in_features,
                             int64_t out_features, int64_t group_size, const OptionalTensor& levels,
                             const OptionalTensor& input_scale,
@@ -18,18 +20,6 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const
                             const OptionalTensor& output_scale,
                             const OptionalTensor& output_zero_point, int64_t output_bits,
                             std::optional<bool> input_symmetric);
-// The same; float32 outputs of a float32 or uint8 x lie in `out`, where that is given: one row
-// after another.
-at::Tensor quantized_linear_to(const OptionalTensor& out, const at::Tensor& x,
-                               const at::Tensor& packed, const at::Tensor& grid,
-                               const OptionalTensor& bias, int64_t bits, int64_t in_features,
-                               int64_t out_features, int64_t group_size,
-                               const OptionalTensor& levels, const OptionalTensor& input_scale,
-                               const OptionalTensor& input_zero_point, int64_t input_bits,
-                               std::string_view activation, const OptionalTensor& residual,
-                               const OptionalTensor& output_scale,
-                               const OptionalTensor& output_zero_point, int64_t output_bits,
-                               std::optional<bool> input_symmetric);
 
 at::Tensor quantized_layer_norm(const at::Tensor& x, const OptionalTensor& weight,
                                 const OptionalTensor& bias, const at::Tensor& output_scale,

@@ -36,11 +36,11 @@ PackedLayer::PackedLayer(const char* op, const char* argument, at::TensorList te
 at::Tensor PackedLayer::run(const at::Tensor& x, const Epilogue& epilogue,
                             const OptionalTensor& scale, const OptionalTensor& zero_point,
                             int64_t bits) const {
-  return quantized_linear_to(epilogue.out, x, tensors_[0], tensors_[1], bias_, numbers_[0],
-                             numbers_[1], numbers_[2], numbers_[3], levels_, input_scale_,
-                             input_zero_point_, numbers_[4], epilogue.activation, epilogue.residual,
-                             scale, zero_point, bits,
-                             numbers_[5] == 0 ? std::nullopt : std::optional(numbers_[5] == 1));
+  return quantized_linear(epilogue.out, x, tensors_[0], tensors_[1], bias_, numbers_[0],
+                          numbers_[1], numbers_[2], numbers_[3], levels_, input_scale_,
+                          input_zero_point_, numbers_[4], epilogue.activation, epilogue.residual,
+                          scale, zero_point, bits,
+                          numbers_[5] == 0 ? std::nullopt : std::optional(numbers_[5] == 1));
 }
 
 at::Tensor PackedLayer::operator()(const at::Tensor& x, const Epilogue& epilogue) const {
