@@ -212,6 +212,21 @@ def test_roads(activations, tmp_path):
         assert_same(again(x), wanted)
 
 
+@pytest.mark.parametrize("part", ["0", "0.mlp"])
+def test_what_is_observed_before_stays(part):
+    seen = []
+
+    def observed():
+        block = Block()
+        nn.Sequential(block).get_submodule(part).register_forward_hook(lambda m, i, o: seen.append(o))
+        return block
+
+    model = quantized(observed)
+    seen.clear()
+    model(inputs()[0])
+    assert type(model[0]) is Block and len(seen) == 1
+
+
 def test_twice_is_harmless():
     model = quantized()
     before = model[0]

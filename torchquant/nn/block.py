@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import QSelfAttention
+from .base import hooked
 from .layer_norm import QLayerNorm, trained
 from .mlp import QMlp, fuse_mlps, observed
 from .repeat import RepeatedCall
@@ -94,12 +95,12 @@ class QBlock(RepeatedCall):
 
 
 def fuse_modules(model: nn.Module) -> None:
-    """``fuse_mlps``, and a :class:`QBlock` in place of every block that computes the same. The modules inside and their
-    names stay."""
+    """``fuse_mlps``, and a :class:`QBlock` in place of every block that computes the same and that nobody observes. The
+    modules inside and their names stay."""
     fuse_mlps(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if module is not model and is_block(module) and (made := as_block(module)) is not None:
+        if module is not model and not hooked(module) and is_block(module) and (made := as_block(module)) is not None:
             replacements[module] = made
     swap_modules(model, replacements)
 

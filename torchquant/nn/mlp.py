@@ -132,11 +132,11 @@ def activation_name(module: nn.Module) -> str:
 
 
 def fuse_mlps(model: nn.Module) -> None:
-    """Put :class:`QMlp` and :class:`QSequentialMlp` where quantized layers stand in such an order; they compute the
-    same. The modules inside and their names stay."""
+    """Put :class:`QMlp` and :class:`QSequentialMlp` where quantized layers stand in such an order and nobody observes
+    them; they compute the same. The modules inside and their names stay."""
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if module is model or isinstance(module, (QMlp, QSequentialMlp)):
+        if module is model or hooked(module) or isinstance(module, (QMlp, QSequentialMlp)):
             continue
         if type(module).forward is nn.Sequential.forward and is_chain(list(module.children())):
             replacements[module] = QSequentialMlp(module).train(module.training)  # type: ignore[arg-type]
