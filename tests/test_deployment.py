@@ -236,7 +236,7 @@ PROGRAMS: dict[type[nn.Module], tuple[str, ...]] = {
     Attention: ("quantized_attention",),
     Pack: ("pack_codes", "unpack_codes"),
     PackedLinear: ("linear_prepack", "quantized_linear"),
-    Layers: ("quantized_mlp", "quantized_self_attention"),
+    Layers: ("quantized_mlp", "quantized_self_attention", "quantized_block"),
     IntegerScales: ("integer_group_scales",),
     PackedConv: ("conv_prepack", "quantized_conv2d"),
     LayerNorm: ("quantized_layer_norm",),

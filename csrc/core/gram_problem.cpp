@@ -21,8 +21,10 @@ GramProblem gram_problem(const char* op, const at::Tensor& weight, const at::Ten
 
   GramProblem p;
   const int64_t problems = gram.dim() == 3 ? gram.size(0) : 1, columns = gram.size(-1);
-  p.weight =
-      weight.to(at::kFloat).contiguous().view({problems, weight.size(0) / problems, columns});
+  p.weight = weight.to(at::kFloat)
+                 .contiguous()
+                 .view(-1)
+                 .view({problems, weight.size(0) / problems, columns});
   const at::Tensor grams = gram.reshape({problems, columns, columns});
   const double largest = columns > 0 ? grams.diagonal(0, 1, 2).max().item<double>() : 0.0;
   const bool safe = largest > 1 / kSafe && largest < kSafe;

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from helpers import FLOAT_TYPES, LAYERS, assert_same, check_op, layouts, random, scripted, threads, tier
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -301,6 +301,7 @@ def test_same_bits_for_any_number_of_threads_and_tier(solver: str, problems: int
     solver=st.sampled_from(SOLVERS),
     name=st.sampled_from(sorted(LAYERS)),
 )
+@example(3, 1, 0, torch.float32, "strided", "fista", "correlated")  # contiguous at any stride, and BLAS looks at it
 def test_any_shape_dtype_and_layout(
     rows: int, columns: int, group_size: int, dtype: torch.dtype, layout: str, solver: str, name: str
 ) -> None:
