@@ -230,8 +230,8 @@ Product::Product(const Operands& operands, at::IntArrayRef leading, const Mask& 
       scale_(scale),
       is_causal_(is_causal),
       output_(output) {
-  if (stores_codes()) code_grid_.emplace(x_.width, std::vector<Grid>{output->grid}, output->bits);
   if (stores_codes()) {
+    code_grid_.emplace(x_.width, std::vector<Grid>{output->grid}, output->bits);
     if (!leading.empty()) together_ = leading.back();
     out_ = at::empty({x_.heads / together_, x_.rows, together_, x_.width}, at::kByte);
   } else {
