@@ -76,7 +76,8 @@ Universe universe_of(const char* op, const at::Tensor& tensor, int64_t levels, b
 // Values behind one another, as the path needs them: before[i] = number and sum of the first i.
 struct Values {
   std::vector<SubsetCell> before;
-  std::vector<double> points;  // [values], rising; empty for cells between the universe's midpoints
+  bool cells = false;          // between the universe's midpoints, in place of points
+  std::vector<double> points;  // [values], rising
   double square_sum = 0;
 };
 
@@ -101,6 +102,7 @@ Values count_cells(const Universe& universe, const float* x, int64_t count) {
                   static_cast<float>(universe.high()), part.before.data() + 1, &part.square_sum});
   });
   Values all = std::move(parts[0]);
+  all.cells = true;
   for (size_t t = 1; t < parts.size(); ++t) {
     all.square_sum += parts[t].square_sum;
     for (size_t i = 0; i <= cells; ++i) {
@@ -172,7 +174,7 @@ class Path {
 
   const SubsetCell& before(int64_t a, int64_t b) const {
     const double sum = element(a) + element(b);
-    if (values_.points.empty())
+    if (values_.cells)
       return values_.before[static_cast<size_t>(sum * universe_.units - universe_.low()) + 1];
     const auto& points = values_.points;
     const auto end = std::upper_bound(points.begin(), points.end(), sum / 2);

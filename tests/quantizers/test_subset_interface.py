@@ -135,6 +135,16 @@ def test_other_errors():
         subset_select(new_histogram(), subset_universe("dfsq"), levels=4)
 
 
+@pytest.mark.parametrize("grid", [True, False])
+@pytest.mark.parametrize("name", ["values", "histogram"])
+def test_channels_without_values_have_no_error(name, grid):
+    universe = grid_universe(20, 20) if grid else free_universe(20, 20)
+    x = torch.empty(4, 0) if name == "values" else torch.zeros(4, 3, 512, dtype=torch.float64)
+    for _ in range(200):  # what had been read lay anywhere
+        levels, error = subset_select(x, universe, levels=5, axis=0 if name == "values" else None)
+        assert torch.isin(levels, universe).all() and (error == 0).all()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),
