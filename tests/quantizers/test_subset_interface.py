@@ -136,12 +136,10 @@ def test_other_errors():
 
 
 @pytest.mark.parametrize("grid", [True, False])
-@pytest.mark.parametrize("name", ["values", "histogram"])
-def test_channels_without_values_have_no_error(name, grid):
+def test_channels_without_values_have_no_error(grid):
     universe = grid_universe(20, 20) if grid else free_universe(20, 20)
-    x = torch.empty(4, 0) if name == "values" else torch.zeros(4, 3, 512, dtype=torch.float64)
-    for _ in range(200):  # what had been read lay anywhere
-        levels, error = subset_select(x, universe, levels=5, axis=0 if name == "values" else None)
+    for _ in range(200):  # what was read beyond their end could be anything
+        levels, error = subset_select(torch.empty(4, 0), universe, levels=5, axis=0)
         assert torch.isin(levels, universe).all() and (error == 0).all()
 
 
