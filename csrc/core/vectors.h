@@ -34,6 +34,11 @@ constexpr int64_t kVectorLanes = 4;
 using Ints = int32_t __attribute__((vector_size(kVectorLanes * 4)));
 using Floats = float __attribute__((vector_size(kVectorLanes * 4)));
 
+// As many on every tier.
+using FourInts = int32_t __attribute__((vector_size(16)));
+using FourFloats = float __attribute__((vector_size(16)));
+using FourDoubles = double __attribute__((vector_size(32)));
+
 template <class Vector, class Element>
 inline __attribute__((always_inline)) Vector load(const Element* from) {
   static_assert(sizeof(Element) == 4);
@@ -145,6 +150,38 @@ inline __attribute__((always_inline)) auto joined(Vector x, const Join& join) {
   return join(x, swapped<1>(x, kLanes))[0];
 }
 
+template <class Vector, class Join, int... kLane>
+inline __attribute__((always_inline)) auto folded(Vector x, const Join& join,
+                                                  std::integer_sequence<int, kLane...>) {
+  constexpr int kHalf = sizeof...(kLane);
+  return join(__builtin_shufflevector(x, x, kLane...),
+              __builtin_shufflevector(x, x, (kLane + kHalf)...));
+}
+
+// The upper half joins the lower one until four lanes are left.
+template <class Vector, class Join>
+inline __attribute__((always_inline)) auto folded_to_four(Vector x, const Join& join) {
+  constexpr int kLanes = sizeof(x) / sizeof(x[0]);
+  if constexpr (kLanes == 4) {
+    return x;
+  } else {
+    return folded_to_four(folded(x, join, std::make_integer_sequence<int, kLanes / 2>()), join);
+  }
+}
+
+// All lanes of each vector in one. `join` takes vectors of any width.
+template <class Vector, class Join>
+inline __attribute__((always_inline)) auto joined_each(const Vector (&x)[4], const Join& join) {
+  const auto a = folded_to_four(x[0], join), b = folded_to_four(x[1], join);
+  const auto c = folded_to_four(x[2], join), d = folded_to_four(x[3], join);
+  const auto ab =
+      join(__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7));
+  const auto cd =
+      join(__builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7));
+  return join(__builtin_shufflevector(ab, cd, 0, 2, 4, 6),
+              __builtin_shufflevector(ab, cd, 1, 3, 5, 7));
+}
+
 // a * b + c, rounded once.
 using torchquant::fused;  // of one number
 inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {
@@ -158,11 +195,34 @@ inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c)
 #endif
 }
 
+inline __attribute__((always_inline)) Floats absolute(Floats x) {
+  return (Floats)((Ints)x & 0x7fffffff);
+}
+
+// The larger absolute value; b's where a is NaN.
+inline __attribute__((always_inline)) Floats farther(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+  constexpr int kLargerAbsolute = 3, kWithoutSign = 2 << 2;
+  return _mm512_range_ps(a, b, kLargerAbsolute | kWithoutSign);
+#else
+  return larger(absolute(a), absolute(b));
+#endif
+}
+
 constexpr float kMagic = 12582912.0f;  // of round_to_integer
 
 using torchquant::round_to_integer;  // of one number
 inline __attribute__((always_inline)) Floats round_to_integer(Floats x) {
   return (x + kMagic) - kMagic;
+}
+
+// x - round_to_integer(x)
+inline __attribute__((always_inline)) Floats past_integer(Floats x) {
+#if defined(__AVX512BW__)
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return x - round_to_integer(x);
+#endif
 }
 
 // round_to_integer(x) - shift, from the bits that its sum leaves.

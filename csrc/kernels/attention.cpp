@@ -164,7 +164,7 @@ struct Task {
 struct TaskMemory {
   TaskMemory(const Operands& x, int64_t heads, int64_t rows)
       : scores(std::make_unique_for_overwrite<float[]>(
-            static_cast<size_t>(heads * rows * padded(x.keys, kTileOutputs)))),
+            static_cast<size_t>(heads * rows * padded(x.keys, kRowPad)))),
         row(std::make_unique_for_overwrite<float[]>(
             static_cast<size_t>(kRowGroup * (x.keys + kRowPad)))) {
     if (x.key_codes.has_value()) queries.emplace(x.key_codes->layout(), rows);
@@ -253,7 +253,7 @@ Task Product::task_at(int64_t head, int64_t row) const {
   // are multiplied whole: their sums are those of all keys.
   const bool skip = is_causal_ && !x_.value_codes.has_value() && level_of_zero(levels_) == 0.0f;
   task.keys = skip ? std::min(x_.keys, row + task.rows) : x_.keys;
-  task.stride = integer() ? padded(task.keys, kTileOutputs) : task.keys;
+  task.stride = integer() ? padded(task.keys, kRowPad) : task.keys;
   return task;
 }
 
@@ -279,7 +279,7 @@ void Product::score(const Task& task, TaskMemory& memory) const {
     if (!queries.quantize(*x_.query_rows, task.head + h, task.row, task.rows, codes.scale()))
       x_.finite = false;
     PackedWeight weight = codes.view(task.head + h);
-    weight.outputs = task.stride;
+    weight.outputs = std::min(padded(task.keys, kTileOutputs), task.stride);
     queries.multiply(weight, memory.scores.get() + h * task.rows * task.stride, task.stride);
   }
 }

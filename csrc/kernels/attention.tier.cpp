@@ -8,14 +8,10 @@
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
-constexpr int64_t kVectors = kRowPad / kFloat8;
 constexpr int64_t kParts = kRowPad / kVectorLanes;
 constexpr float kInfinity = __builtin_inff();
-// e^x is 0 from here on: hardly a normal float any more, 2^-124.
-constexpr float kLeastExponent = -86.0f, kLeastPower = -124.0f;
-
-using torchquant::larger;  // of vectors
-float larger(float a, float b) { return a > b ? a : b; }
+// Scores are exponents of 2: e^x = 2^(x log2(e)).
+constexpr float kLog2E = 1.44269504f;
 
 int64_t padded(int64_t keys) { return (keys + kRowPad - 1) / kRowPad * kRowPad; }
 
@@ -26,22 +22,25 @@ inline __attribute__((always_inline)) void for_each_part(const Visit& visit) {
   for (int64_t j = 0; j < kParts; ++j) visit(j);
 }
 
-// e^x for x <= 0, within an ulp: 2^n e^r with |r| <= ln(2) / 2, by the polynomial 1 + r + r^2 (...)
-// of degree 6 whose largest relative error there is least, 3e-9. NaN stays NaN.
-inline __attribute__((always_inline)) Floats exponential(Floats x) {
+// 2^x for x <= 0, within an ulp, 0 below 2^-126: 2^n 2^f with |f| <= 1 / 2, by the polynomial
+// 1 + f (...) of degree 6 whose largest relative error there is least, 2e-9. NaN stays NaN.
+inline __attribute__((always_inline)) Floats power_of_2(Floats x) {
+  constexpr float kBias = 127.0f, kRound = kMagic + kBias;
   const Floats none{};
-  x = larger(none + kLeastExponent, x);
-  const Floats n = round_to_integer(x * 1.44269504f);
-  const Floats r = fused(n, none + 2.12194440e-4f, fused(n, none - 0.693359375f, x));
-  Floats sum = none + 0.00138145406f;
-  sum = fused(sum, r, none + 0.00836874545f);
-  sum = fused(sum, r, none + 0.041668389f);
-  sum = fused(sum, r, none + 0.166665211f);
-  sum = fused(sum, r, none + 0.49999994f);
-  sum = fused(sum, r * r, r) + 1.0f;
-  const Floats power = (Floats)((Ints)sum + (__builtin_convertvector(n, Ints) << 23));
-  return n <= kLeastPower ? none : power;
+  x = larger(none - kBias, x);
+  const Floats moved = x + kRound;  // its low bits are n + 127, the exponent of 2^n as it is stored
+  const Floats f = x - (moved - kRound);
+  Floats sum = none + 1.53264613e-4f;
+  sum = fused(sum, f, none + 1.33908063e-3f);
+  sum = fused(sum, f, none + 9.61850584e-3f);
+  sum = fused(sum, f, none + 5.55035993e-2f);
+  sum = fused(sum, f, none + 0.240226477f);
+  sum = fused(sum, f, none + 0.693147182f);
+  sum = fused(sum, f, none + 1.0f);
+  return sum * (Floats)((Ints)moved << 23);
 }
+
+float scale_of(const AttentionRows& work) { return work.scale * kLog2E; }
 
 // The first `count` of kRowPad scores times `scale`, -inf behind them.
 inline void load_block(const float* scores, int64_t count, float scale, float* row) {
@@ -52,15 +51,15 @@ inline void load_block(const float* scores, int64_t count, float scale, float* r
   });
 }
 
-// scale * scores + mask, -inf for keys that take no part and behind the last one, from the first
-// key on that is not left where it is.
+// The exponents of 2, -inf for keys that take no part and behind the last one, from the first key
+// on that is not left where it is.
 void load_row(const AttentionRows& work, int64_t r, int64_t first, float* __restrict__ row) {
   const int64_t causal = work.causal_keys + r, keys = causal < work.keys ? causal : work.keys;
   for (int64_t i = first; i < padded(work.keys); i += kRowPad)
-    load_block(work.scores + r * work.stride + i, keys - i, work.scale, row + i);
+    load_block(work.scores + r * work.stride + i, keys - i, scale_of(work), row + i);
   if (work.mask != nullptr) {
     const float* __restrict__ mask = work.mask + r * work.mask_stride;
-    for (int64_t i = 0; i < keys; ++i) row[i] += mask[i];
+    for (int64_t i = 0; i < keys; ++i) row[i] += mask[i] * kLog2E;
   }
   if (work.allowed != nullptr) {
     const bool* __restrict__ allowed = work.allowed + r * work.mask_stride;
@@ -68,53 +67,76 @@ void load_row(const AttentionRows& work, int64_t r, int64_t first, float* __rest
   }
 }
 
-// Where all keys take part, whole blocks of scores are read where they lie.
+// Where all keys take part, whole blocks of scores are read where they lie: all of them where rows
+// have room for -inf behind their keys.
 int64_t keys_left(const AttentionRows& work) {
   const bool all = work.mask == nullptr && work.allowed == nullptr && work.causal_keys >= work.keys;
-  return all && work.scale > 0.0f ? work.keys / kRowPad * kRowPad : 0;
+  if (!all || !(scale_of(work) > 0.0f)) return 0;
+  const int64_t room = padded(work.keys);
+  return work.stride >= room ? room : room - kRowPad;
 }
 
-// The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
-inline __attribute__((always_inline)) float sum_of(const Floats (&parts)[kParts]) {
-  alignas(64) float lanes[kRowPad];
-  for_each_part([&](int64_t j) { store(parts[j], lanes + j * kVectorLanes); });
-  Float8 x[kVectors];
+// -inf behind the first `keys` scores of a row that has room for it.
+void fill_behind(float* scores, int64_t keys) {
+  const int64_t last = padded(keys) - kRowPad;
+  for_each_part([&](int64_t j) __attribute__((always_inline)) {
+    float* const at = scores + last + j * kVectorLanes;
+    const Ints there = first_lanes(keys - last - j * kVectorLanes);
+    store(there ? load<Floats>(at) : Floats{} - kInfinity, at);
+  });
+}
+
+// Of each row a vector for every part of kRowPad neighbours.
+template <class Vector>
+using RowParts = Vector[kRowGroup][kParts];
+
+// The upper half joins the lower one until one number is left: a tree of one shape on every tier.
+template <class Vector, class Join>
+inline __attribute__((always_inline)) auto joined_rows(RowParts<Vector>& parts, const Join& join) {
+  static_assert(kRowGroup == 4);
+  Vector rows[kRowGroup];
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < kVectors; ++j) x[j] = TORCHQUANT_LOAD8(lanes + j * kFloat8);
-  const Float8 sums = (x[0] + x[2]) + (x[1] + x[3]);
-  float rest[kFloat8];
-  TORCHQUANT_STORE8(rest, sums);
-  return ((rest[0] + rest[4]) + (rest[2] + rest[6])) + ((rest[1] + rest[5]) + (rest[3] + rest[7]));
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+#pragma GCC unroll 4
+    for (int64_t half = kParts / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < half; ++j) parts[r][j] = join(parts[r][j], parts[r][j + half]);
+    }
+    rows[r] = parts[r][0];
+  }
+  return joined_each(rows, join);
 }
 
-inline __attribute__((always_inline)) float largest_of(const Floats (&parts)[kParts]) {
-  Floats most = parts[0];
-  for_each_part([&](int64_t j) { most = larger(parts[j], most); });
-  return joined(most, [](Floats a, Floats b) { return larger(a, b); });
+template <class Vector>
+inline __attribute__((always_inline)) void clear(RowParts<Vector>& parts) {
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRowGroup; ++r) for_each_part([&](int64_t j) { parts[r][j] = Vector{}; });
 }
 
-// Of scale * scores for the first `left` keys, and of what is in `row` for the others.
-float maximum(const float* scores, int64_t left, float scale, const float* row, int64_t count) {
-  Floats most[kParts];
-  for_each_part([&](int64_t j) { most[j] = Floats{} - kInfinity; });
+constexpr auto kSum = [](auto a, auto b) { return a + b; };
+constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
+
+// The largest of scale * scores for the first `left` keys, and of what is in `row` for the others.
+void largest_of(const float* scores, int64_t left, float scale, const float* row, int64_t count,
+                Floats (&most)[kParts]) {
   const auto take = [&](const float* from) __attribute__((always_inline)) {
     for_each_part([&](int64_t j) __attribute__((always_inline)) {
       most[j] = larger(load<Floats>(from + j * kVectorLanes), most[j]);
     });
   };
+  for_each_part([&](int64_t j) { most[j] = Floats{} - kInfinity; });
   for (int64_t i = 0; i < left; i += kRowPad) take(scores + i);
   if (left > 0) for_each_part([&](int64_t j) { most[j] *= scale; });
   for (int64_t i = left; i < count; i += kRowPad) take(row + i);
-  return largest_of(most);
 }
 
-// e^(x * factor - shift); adds to the sums.
-void exponentials(const float* x, float factor, float shift, int64_t count, float* e,
-                  Floats (&sums)[kParts]) {
+// 2^(x * factor - shift); adds to the sums.
+void powers(const float* x, float factor, float shift, int64_t count, float* e,
+            Floats (&sums)[kParts]) {
   for (int64_t i = 0; i < count; i += kRowPad)
     for_each_part([&](int64_t j) __attribute__((always_inline)) {
       const int64_t at = i + j * kVectorLanes;
-      const Floats power = exponential(load<Floats>(x + at) * factor - shift);
+      const Floats power = power_of_2(load<Floats>(x + at) * factor - shift);
       store(power, e + at);
       sums[j] += power;
     });
@@ -162,230 +184,277 @@ void level_by_bucket(const Levels& levels, float* row, int64_t count, float sum)
   }
 }
 
-// What turns exponentials into codes. See Note [one product for two quotients].
-struct RowCodes {
-  Grid grid;
-  float max_code;
-  float sum;
-  int32_t shift;
-};
-
 // Note [one product for two quotients]: e * (1 / (sum * scale)) is within a few ulp of (e / sum) /
 // scale, so a code can differ only where the product lies that near to a tie. Rows in which that
-// happens are written again, by division.
-float safe_distance(const RowCodes& row) {
-  // Where p or its quotient could be subnormal the error is no matter of ulp.
-  if (!(row.grid.scale > 0x1p-60f && row.grid.scale < 0x1p60f)) return -1.0f;
-  return 0.5f - (256.0f + absolute(row.grid.zero_point)) * 0x1p-20f;
-}
+// happens are written again, by division. Products of rows whose ends are codes need not be
+// clamped.
+enum class By { division, product, product_inside };
 
-float factor_of(const RowCodes& row) {
-  return static_cast<float>(1.0 / (static_cast<double>(row.sum) * row.grid.scale));
-}
+// What turns the powers of some rows into codes.
+struct RowCodes {
+  RowCodes(const Levels& levels, const FourFloats& of_rows)
+      : grid(levels.grid), max_code(levels.max_code), sum(of_rows) {
+    const FourDoubles unit = __builtin_convertvector(sum, FourDoubles) * double{grid.scale};
+    factor = __builtin_convertvector(1.0 / unit, FourFloats);
+    // Powers are at most 1.
+    const float least = 1.000001f / (grid.scale * (max_code - grid.zero_point));
+    const FourInts fits = sum >= least;
+    inside = grid.zero_point >= 0.0f && grid.zero_point < max_code &&
+             (fits[0] & fits[1] & fits[2] & fits[3]) != 0;
+  }
 
-// What is known of a group's integers so far.
-struct GroupSums {
-  Ints sums[kParts] = {};
-  Floats farthest[kParts] = {};  // squares of distances from whole numbers
+  // Of the power 1. to_code of vectors.
+  FourFloats largest() const {
+    FourFloats x = 1.0f / sum / grid.scale + grid.zero_point;
+    x = x > 0.0f ? x : FourFloats{};
+    x = x < max_code ? x : FourFloats{} + max_code;
+    return (x + kMagic) - kMagic;
+  }
+
+  Grid grid;
+  float max_code;
+  FourFloats sum, factor;
+  FourInts shift = {};
+  bool inside;  // no product of a power is beyond the codes
 };
 
+float safe_distance(const Grid& grid) {
+  // Where p or its quotient could be subnormal the error is no matter of ulp.
+  if (!(grid.scale > 0x1p-60f && grid.scale < 0x1p60f)) return -1.0f;
+  return 0.5f - (256.0f + absolute(grid.zero_point)) * 0x1p-20f;
+}
+
+// write(by what, first, last) writes some rows and returns each one's largest distance from a whole
+// number.
+template <class Write>
+void write_safely(const RowCodes& codes, int64_t rows, const Write& write) {
+  const float safe = safe_distance(codes.grid);
+  constexpr Known<By::division> kByDivision;
+  if (!(safe > 0.0f)) {
+    write(kByDivision, 0, rows);
+    return;
+  }
+  const FourFloats farthest = codes.inside ? write(Known<By::product_inside>(), 0, rows)
+                                           : write(Known<By::product>(), 0, rows);
+  for (int64_t r = 0; r < rows; ++r)
+    if (!(farthest[r] < safe)) write(kByDivision, r, r + 1);
+}
+
 // Integers of kRowPad keys by division.
-inline void divide_block(const RowCodes& row, const float* e, Ints (&a)[kParts]) {
+inline void divide_block(const RowCodes& codes, int64_t r, const float* e, Ints (&a)[kParts]) {
   int32_t integers[kRowPad];
   for (int64_t j = 0; j < kRowPad; ++j) {
-    const float p = e[j] / row.sum;
-    const float code = to_code(p, row.grid.scale, row.grid.zero_point, row.max_code);
-    integers[j] = static_cast<int32_t>(code) - row.shift;
+    const float p = e[j] / codes.sum[r];
+    const float code = to_code(p, codes.grid.scale, codes.grid.zero_point, codes.max_code);
+    integers[j] = static_cast<int32_t>(code) - codes.shift[r];
   }
   for_each_part([&](int64_t j) { a[j] = load<Ints>(integers + j * kVectorLanes); });
 }
 
-// The same by one product.
-inline __attribute__((always_inline)) void multiply_block(const RowCodes& row, float factor,
-                                                          const float* e, GroupSums& group,
+template <By kBy>
+inline __attribute__((always_inline)) void block_integers(const RowCodes& codes, int64_t r,
+                                                          const float* e,
+                                                          Floats (&farthest)[kParts],
                                                           Ints (&a)[kParts]) {
+  if constexpr (kBy == By::division) return divide_block(codes, r, e, a);
   const Floats none{};
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
     const Floats power = load<Floats>(e + j * kVectorLanes);
-    Floats x = fused(power, none + factor, none + row.grid.zero_point);
-    x = smaller(larger(x, none), none + row.max_code);
-    const Floats distance = x - round_to_integer(x);
-    group.farthest[j] = larger(distance * distance, group.farthest[j]);
-    a[j] = rounded(x, row.shift);
+    Floats x = fused(power, none + codes.factor[r], none + codes.grid.zero_point);
+    if constexpr (kBy == By::product) x = smaller(larger(x, none), none + codes.max_code);
+    farthest[j] = farther(past_integer(x), farthest[j]);
+    a[j] = rounded(x, codes.shift[r]);
   });
-}
-
-template <bool kDivide>
-inline __attribute__((always_inline)) void block_integers(const RowCodes& row, float factor,
-                                                          const float* e, GroupSums& group,
-                                                          Ints (&a)[kParts]) {
-  kDivide ? divide_block(row, e, a) : multiply_block(row, factor, e, group, a);
-}
-
-// write(by division?) writes a row and returns the largest square of a distance from a whole
-// number.
-template <class Write>
-void write_safely(const RowCodes& row, const Write& write) {
-  const float safe = safe_distance(row);
-  if (!(safe > 0.0f && write(Known<false>()) < safe * safe)) write(Known<true>());
 }
 
 // Integers of kRowPad keys, zeros behind the first `count`. Note [bytes before words]: every
 // integer of a code fits in a byte. Where products want 16 bits their order is that of the bytes'
 // even and odd halves, so that bytes are made first.
-template <bool kDivide, class To>
-inline __attribute__((always_inline)) void write_block(const RowCodes& row, float factor,
-                                                       const float* e, int32_t count,
-                                                       GroupSums& group, To* to) {
+template <By kBy, class To>
+inline __attribute__((always_inline)) void write_block(const RowCodes& codes, int64_t r,
+                                                       const float* e, int64_t count,
+                                                       Floats (&farthest)[kParts],
+                                                       Ints (&sums)[kParts], To* to) {
   Ints a[kParts];
-  block_integers<kDivide>(row, factor, e, group, a);
+  block_integers<kBy>(codes, r, e, farthest, a);
   if (count < kRowPad)
     for_each_part([&](int64_t j) { a[j] &= first_lanes(count - j * kVectorLanes); });
   int8_t own[kRowPad];
   int8_t* bytes = own;
   if constexpr (sizeof(To) == 1) bytes = to;
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
-    group.sums[j] += a[j];
+    sums[j] += a[j];
     store_narrow(a[j], bytes + j * kVectorLanes);
   });
   if constexpr (sizeof(To) == 2) widen_block(bytes, to);
 }
 
-// Integers of keys [0, count) of a group; behind them zeros up to a whole block. The largest square
-// of a distance from a whole number goes to `farthest`.
-template <bool kDivide, class To>
-inline __attribute__((always_inline)) int32_t write_group(const RowCodes& row, const float* e,
-                                                          int64_t count, float& farthest, To* to) {
-  const float factor = factor_of(row);
-  GroupSums group;
+// Integers of keys [0, count) of a group; behind them zeros up to a whole block.
+template <By kBy, class To>
+inline __attribute__((always_inline)) void write_group(const RowCodes& codes, int64_t r,
+                                                       const float* e, int64_t count,
+                                                       Floats (&farthest)[kParts],
+                                                       Ints (&sums)[kParts], To* to) {
+  Floats far[kParts];  // in registers: bytes that are stored could be anything's
+  Ints sum[kParts] = {};
+  for_each_part([&](int64_t j) { far[j] = farthest[j]; });
   int64_t i = 0;
   for (; i + kRowPad <= count; i += kRowPad)
-    write_block<kDivide>(row, factor, e + i, kRowPad, group, to + i);
-  if (i < count)
-    write_block<kDivide>(row, factor, e + i, static_cast<int32_t>(count - i), group, to + i);
-  if constexpr (!kDivide) farthest = larger(largest_of(group.farthest), farthest);
-  Ints sums{};
-  for_each_part([&](int64_t j) { sums += group.sums[j]; });
-  return joined(sums, [](Ints a, Ints b) { return a + b; });
+    write_block<kBy>(codes, r, e + i, kRowPad, far, sum, to + i);
+  if (i < count) write_block<kBy>(codes, r, e + i, count - i, far, sum, to + i);
+  for_each_part([&](int64_t j) {
+    farthest[j] = far[j];
+    sums[j] = sum[j];
+  });
 }
 
-// The largest square, as of write_group.
-template <bool kDivide, class To>
-float write_codes(const ProbabilityRows& out, const RowCodes& row, const float* e, int64_t keys,
-                  int32_t* sums, To* to) {
-  float farthest = 0;
+// Codes of the powers of rows [first, last) of `e`; the largest distances, as of write_safely.
+template <By kBy, class To>
+FourFloats write_codes(const ProbabilityRows& out, const RowCodes& codes, int64_t first,
+                       int64_t last, const float* e, int64_t keys, int32_t* sums, To* to) {
+  const int64_t stride = padded(keys);
+  RowParts<Floats> farthest;
+  clear(farthest);
   for (int64_t g = 0; g < out.groups; ++g) {
-    const int64_t first = g * out.group_size;
-    const int64_t count = g + 1 < out.groups ? out.group_size : keys - first;
-    sums[g] = write_group<kDivide>(row, e + first, count, farthest, to + first);
+    const int64_t key = g * out.group_size;
+    const int64_t count = g + 1 < out.groups ? out.group_size : keys - key;
+    RowParts<Ints> parts;
+    clear(parts);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = r * stride + key;
+      write_group<kBy>(codes, r, e + at, count, farthest[r], parts[r], to + at);
+    }
+    const FourInts of_group = joined_rows(parts, kSum);
+    for (int64_t r = first; r < last; ++r) sums[r * out.groups + g] = of_group[r];
   }
-  return farthest;
+  return joined_rows(farthest, kLargest);
 }
 
 template <class To>
-void code_row(const AttentionRows& work, int64_t r, const float* e, float sum, To* to) {
+void code_rows(const AttentionRows& work, int64_t first, int64_t rows, const FourFloats& sum,
+               To* to) {
   constexpr float kMost = 127.0f;
   const ProbabilityRows& out = *work.codes;
-  RowCodes row{work.levels.grid, work.levels.max_code, sum, 0};
-  // The exponential 1 has the largest code.
-  const float largest = to_code(1.0f / sum, row.grid.scale, row.grid.zero_point, row.max_code);
-  row.shift = largest > kMost ? static_cast<int32_t>(largest - kMost) : 0;
-  out.scale[r] = sum == sum ? out.unit : work.levels.of_nan;
-  out.zero[r] = row.grid.zero_point - static_cast<float>(row.shift);
-  to += r * padded(work.keys);
-  int32_t* const sums = out.sums + r * out.groups;
-  write_safely(row, [&](auto divides) {
-    return write_codes<decltype(divides)::value>(out, row, e, work.keys, sums, to);
+  RowCodes codes(work.levels, sum);
+  const FourFloats beyond = codes.largest() - kMost;
+  const FourFloats shift = beyond > 0.0f ? beyond : FourFloats{};
+  codes.shift = __builtin_convertvector(shift, FourInts);
+  const FourFloats scale = sum == sum ? FourFloats{} + out.unit : FourFloats{} + work.levels.of_nan;
+  const FourFloats zero = codes.grid.zero_point - shift;
+  for (int64_t r = 0; r < rows; ++r) {
+    out.scale[first + r] = scale[r];
+    out.zero[first + r] = zero[r];
+  }
+  to += first * padded(work.keys);
+  int32_t* const sums = out.sums + first * out.groups;
+  write_safely(codes, rows, [&](auto by, int64_t from, int64_t end) {
+    return write_codes<decltype(by)::value>(out, codes, from, end, work.row, work.keys, sums, to);
   });
 }
 
 // The nearest values of the grid for kRowPad keys.
-template <bool kDivide>
-inline __attribute__((always_inline)) void write_value_block(const RowCodes& row, float factor,
-                                                             const float* e, GroupSums& group,
+template <By kBy>
+inline __attribute__((always_inline)) void write_value_block(const RowCodes& codes, int64_t r,
+                                                             const float* e,
+                                                             Floats (&farthest)[kParts],
                                                              float* to) {
   Ints a[kParts];
-  block_integers<kDivide>(row, factor, e, group, a);
+  block_integers<kBy>(codes, r, e, farthest, a);
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
-    store((to_floats(a[j]) - row.grid.zero_point) * row.grid.scale, to + j * kVectorLanes);
+    store((to_floats(a[j]) - codes.grid.zero_point) * codes.grid.scale, to + j * kVectorLanes);
   });
 }
 
-// The largest square, as of write_group.
-template <bool kDivide>
-float write_values(const RowCodes& row, const float* e, int64_t keys, float* to) {
-  const float factor = factor_of(row);
-  GroupSums group;
+template <By kBy>
+inline __attribute__((always_inline)) void write_values(const RowCodes& codes, int64_t r,
+                                                        const float* e, int64_t keys,
+                                                        Floats (&farthest)[kParts], float* to) {
   int64_t i = 0;
   for (; i + kRowPad <= keys; i += kRowPad)
-    write_value_block<kDivide>(row, factor, e + i, group, to + i);
+    write_value_block<kBy>(codes, r, e + i, farthest, to + i);
   if (i < keys) {
     float last[kRowPad];
-    write_value_block<kDivide>(row, factor, e + i, group, last);
+    write_value_block<kBy>(codes, r, e + i, farthest, last);
     __builtin_memcpy(to + i, last, static_cast<size_t>(keys - i) * sizeof(float));
   }
-  return largest_of(group.farthest);
 }
 
-void level_by_grid(const Levels& levels, const float* e, int64_t keys, float sum, float* to) {
-  const RowCodes row{levels.grid, levels.max_code, sum, 0};
-  write_safely(
-      row, [&](auto divides) { return write_values<decltype(divides)::value>(row, e, keys, to); });
+void level_by_grid(const AttentionRows& work, int64_t first, int64_t rows, const FourFloats& sum) {
+  const RowCodes codes(work.levels, sum);
+  write_safely(codes, rows, [&](auto by, int64_t from, int64_t end) {
+    RowParts<Floats> farthest;
+    clear(farthest);
+    for (int64_t r = from; r < end; ++r)
+      write_values<decltype(by)::value>(codes, r, work.row + r * padded(work.keys), work.keys,
+                                        farthest[r], work.scores + (first + r) * work.stride);
+    return joined_rows(farthest, kLargest);
+  });
 }
 
-void level_row(const Levels& levels, float* row, int64_t keys, float sum, float* to) {
-  const int64_t count = padded(keys);
+void level_row(const Levels& levels, float* row, int64_t count, float sum) {
   switch (levels.kind) {
     case LevelKind::none:
-      divide(row, count, sum);
-      break;
+      return divide(row, count, sum);
     case LevelKind::counted:
-      level_by_counting(levels, row, count, sum);
-      break;
+      return level_by_counting(levels, row, count, sum);
     case LevelKind::bucketed:
-      level_by_bucket(levels, row, count, sum);
-      break;
+      return level_by_bucket(levels, row, count, sum);
     case LevelKind::uniform:
-      return level_by_grid(levels, row, keys, sum, to);
+      break;
   }
-  __builtin_memcpy(to, row, static_cast<size_t>(keys) * sizeof(float));
 }
 
-// What becomes of exponentials and their sum.
-void finish_row(const AttentionRows& work, int64_t r, float* row, float sum) {
-  if (work.codes != nullptr) {
-    return work.codes->wide != nullptr ? code_row(work, r, row, sum, work.codes->wide)
-                                       : code_row(work, r, row, sum, work.codes->narrow);
+// Levels of some rows in the place of their scores.
+void level_rows(const AttentionRows& work, int64_t first, int64_t rows, const FourFloats& sum) {
+  const bool by_grid = work.levels.kind == LevelKind::uniform;
+  if (by_grid) level_by_grid(work, first, rows, sum);
+  const int64_t count = padded(work.keys);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const scores = work.scores + (first + r) * work.stride;
+    if (sum[r] != sum[r]) {
+      for (int64_t i = 0; i < work.keys; ++i) scores[i] = work.levels.of_nan;
+    } else if (!by_grid) {
+      float* const row = work.row + r * count;
+      level_row(work.levels, row, count, sum[r]);
+      __builtin_memcpy(scores, row, static_cast<size_t>(work.keys) * sizeof(float));
+    }
   }
-  float* const scores = work.scores + r * work.stride;
-  if (sum == sum) return level_row(work.levels, row, work.keys, sum, scores);
-  for (int64_t i = 0; i < work.keys; ++i) scores[i] = work.levels.of_nan;
+}
+
+// What becomes of powers and their sums.
+void finish_rows(const AttentionRows& work, int64_t first, int64_t rows, const FourFloats& sum) {
+  if (work.codes == nullptr) return level_rows(work, first, rows, sum);
+  work.codes->wide != nullptr ? code_rows(work, first, rows, sum, work.codes->wide)
+                              : code_rows(work, first, rows, sum, work.codes->narrow);
 }
 
 }  // namespace
 
 void attention_rows(const AttentionRows& work) {
   const int64_t count = padded(work.keys), left = keys_left(work);
+  const float scale = scale_of(work);
   for (int64_t first = 0; first < work.rows; first += kRowGroup) {
     const int64_t more = work.rows - first, rows = more < kRowGroup ? more : kRowGroup;
-    const float* const scores = work.scores + first * work.stride;
-    float shifts[kRowGroup], sums[kRowGroup];
+    float* const scores = work.scores + first * work.stride;
+    RowParts<Floats> most, parts;
+    clear(most);
+    clear(parts);
     for (int64_t r = 0; r < rows; ++r) {
       float* const row = work.row + r * count;
+      if (left == count) fill_behind(scores + r * work.stride, work.keys);
       load_row(work, first + r, left, row);
-      const float most = maximum(scores + r * work.stride, left, work.scale, row, count);
-      // Without any key the shift would be infinite; so all are e^-inf = 0, and 0 / 1 in the end.
-      shifts[r] = most == -kInfinity ? 0.0f : most;
+      largest_of(scores + r * work.stride, left, scale, row, count, most[r]);
     }
+    const FourFloats largest = joined_rows(most, kLargest);
     for (int64_t r = 0; r < rows; ++r) {
       float* const row = work.row + r * count;
-      Floats parts[kParts] = {};
-      exponentials(scores + r * work.stride, work.scale, shifts[r], left, row, parts);
-      exponentials(row + left, 1.0f, shifts[r], count - left, row + left, parts);
-      const float sum = sum_of(parts);
-      sums[r] = sum == 0.0f ? 1.0f : sum;
+      // Without any key the shift would be infinite; so all are 2^-inf = 0, and 0 / 1 in the end.
+      const float shift = largest[r] == -kInfinity ? 0.0f : largest[r];
+      powers(scores + r * work.stride, scale, shift, left, row, parts[r]);
+      powers(row + left, 1.0f, shift, count - left, row + left, parts[r]);
     }
-    for (int64_t r = 0; r < rows; ++r) finish_row(work, first + r, work.row + r * count, sums[r]);
+    const FourFloats sum = joined_rows(parts, kSum);
+    finish_rows(work, first, rows, sum == 0.0f ? FourFloats{} + 1.0f : sum);
   }
 }
 
