@@ -11,7 +11,7 @@ CodeGrid::CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits
       parts_(static_cast<int64_t>(parts.size())),
       by_products_(std::all_of(parts.begin(), parts.end(), Reciprocal::in_range)),
       max_code_(max_code_of(bits)),
-      numbers_(static_cast<size_t>(4 * stride_), 1.0f) {
+      numbers_(static_cast<size_t>(6 * stride_), 1.0f) {
   const int64_t count = outputs / parts_;
   float* part = numbers_.data();
   for (const Grid& grid : parts) {
@@ -20,6 +20,8 @@ CodeGrid::CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits
     std::fill_n(part + stride_, count, grid.zero_point);
     std::fill_n(part + 2 * stride_, count, reciprocal.high);
     std::fill_n(part + 3 * stride_, count, reciprocal.low);
+    std::fill_n(part + 4 * stride_, count, -grid.zero_point * grid.scale);
+    std::fill_n(part + 5 * stride_, count, (max_code_ - grid.zero_point) * grid.scale);
     part += count;
   }
 }
@@ -29,6 +31,8 @@ void CodeGrid::apply_to(PackedProduct& product) const {
   product.code_zero_point = numbers_.data() + stride_;
   product.code_reciprocal = by_products_ ? numbers_.data() + 2 * stride_ : nullptr;
   product.code_reciprocal_rest = numbers_.data() + 3 * stride_;
+  product.code_lowest = numbers_.data() + 4 * stride_;
+  product.code_highest = numbers_.data() + 5 * stride_;
   product.max_code = max_code_;
 }
 

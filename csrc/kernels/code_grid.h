@@ -24,7 +24,7 @@ class CodeGrid {
   int64_t parts_;
   bool by_products_;  // Note [division by products]
   float max_code_;
-  std::vector<float> numbers_;  // [4, stride]: scale, zero point, reciprocal of scale in two parts
+  std::vector<float> numbers_;  // [6, stride]: as a product has them
 };
 
 // to_code in ATen's operators; grids broadcast to the values.

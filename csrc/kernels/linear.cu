@@ -235,7 +235,8 @@ __device__ inline float sum_groups(const PackedProduct& p, int64_t row, int64_t 
       if (first + i >= groups) break;
       const uint32_t dot = terms[i].dot - origin * static_cast<uint32_t>(terms[i].sum);
       float added = static_cast<float>(static_cast<int32_t>(dot));
-      if (w.offset != nullptr) added += terms[i].offset * static_cast<float>(terms[i].sum);
+      if (w.offset != nullptr)
+        added = fused(terms[i].offset, static_cast<float>(terms[i].sum), added);
       added *= terms[i].scale;
       value = first + i == 0 ? added : value + added;
     }

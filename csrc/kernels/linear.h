@@ -185,6 +185,8 @@ struct PackedProduct {
   float max_code;
   const float* code_reciprocal;  // [stride], or null: Note [division by products]
   const float* code_reciprocal_rest;
+  const float* code_lowest;   // [stride], with code_reciprocal: values of the first and the last
+  const float* code_highest;  // code; of values cut there none has a code beyond
 
   // For CUDA: the sums over u * a of each of the `segments` parts that a group is cut into.
   int64_t segments;

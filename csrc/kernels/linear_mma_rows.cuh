@@ -137,7 +137,7 @@ struct Integers {
       const int32_t row_sum = row_sums[t][i % 2];
       const uint32_t dot = static_cast<uint32_t>(sum) - origin * static_cast<uint32_t>(row_sum);
       float added = static_cast<float>(static_cast<int32_t>(dot));
-      if (w.offset != nullptr) added += offset[o] * static_cast<float>(row_sum);
+      if (w.offset != nullptr) added = fused(offset[o], static_cast<float>(row_sum), added);
       added *= scale[o];
       return first ? added : value + added;
     }

@@ -61,7 +61,7 @@ inline void add_group(const PackedProduct& p, int64_t g, int64_t row, int64_t ou
   if (w.offset != nullptr) {
     const float sum = static_cast<float>(p.sums[row * w.layout.groups + g]);
     const float* __restrict__ offset = w.offset + g * w.stride + output;
-    for (int64_t o = 0; o < kTileOutputs; ++o) added[o] += offset[o] * sum;
+    for (int64_t o = 0; o < kTileOutputs; ++o) added[o] = fused(offset[o], sum, added[o]);
   }
   for (int64_t o = 0; o < kTileOutputs; ++o) added[o] *= scale[o];
   for (int64_t o = 0; o < kTileOutputs; ++o) values[o] = g == 0 ? added[o] : values[o] + added[o];

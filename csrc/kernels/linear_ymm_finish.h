@@ -22,6 +22,8 @@ struct HalfOutputs {
       code_zero_point = load<Floats>(p.code_zero_point + output);
       reciprocal = load<Floats>(p.code_reciprocal + output);
       reciprocal_rest = load<Floats>(p.code_reciprocal_rest + output);
+      lowest = load<Floats>(p.code_lowest + output);
+      highest = load<Floats>(p.code_highest + output);
     }
   }
 
@@ -29,7 +31,7 @@ struct HalfOutputs {
                                                      const int32_t* d, const float* before) const {
     Floats y = to_floats(load<Ints>(d));
     if (p.weight.offset != nullptr)
-      y = y + offset * static_cast<float>(p.sums[row * p.weight.layout.groups + g]);
+      y = fused(offset, Floats{} + static_cast<float>(p.sums[row * p.weight.layout.groups + g]), y);
     y = y * scale;
     return g > 0 ? load<Floats>(before) + y : y;
   }
@@ -48,17 +50,16 @@ struct HalfOutputs {
       if (p.residual != nullptr) y += load<Floats>(p.residual + at);
       return store(y, p.out + at);
     }
-    y = smaller(code_scale * Reciprocal::kLimit, y);  // Reciprocal::times
-    Floats quotient = fused(y, reciprocal, y * reciprocal_rest);
+    y = smaller(larger(y, lowest), highest);
+    Floats quotient = fused(y, reciprocal, y * reciprocal_rest);  // Reciprocal::times
     quotient = fused(fused(-quotient, code_scale, y), reciprocal, quotient);
-    const Floats code = larger(quotient + code_zero_point, Floats{});
-    store_narrow(rounded(smaller(code, Floats{} + p.max_code), 0), p.codes + at);
+    store_narrow(rounded(quotient + code_zero_point, 0), p.codes + at);
   }
 
   const int64_t output;
   const Floats scale;
   Floats offset{}, sum{}, zero{}, bias{};
-  Floats code_scale{}, code_zero_point{}, reciprocal{}, reciprocal_rest{};
+  Floats code_scale{}, code_zero_point{}, reciprocal{}, reciprocal_rest{}, lowest{}, highest{};
 };
 
 // Sums of group g, [rows, 16], of a tile that has all its outputs: to values, and those of the last

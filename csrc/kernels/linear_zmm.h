@@ -127,6 +127,8 @@ struct TileOutputs {
       if (p.code_reciprocal != nullptr) {
         reciprocal = _mm512_loadu_ps(p.code_reciprocal + output);
         reciprocal_rest = _mm512_loadu_ps(p.code_reciprocal_rest + output);
+        lowest = _mm512_loadu_ps(p.code_lowest + output);
+        highest = _mm512_loadu_ps(p.code_highest + output);
       }
     }
   }
@@ -137,7 +139,7 @@ struct TileOutputs {
     __m512 value = _mm512_cvtepi32_ps(d);
     if (p.weight.offset != nullptr) {
       const float s = static_cast<float>(p.sums[row * p.weight.layout.groups + g]);
-      value = value + offset * _mm512_set1_ps(s);
+      value = _mm512_fmadd_ps(offset, _mm512_set1_ps(s), value);
     }
     value = value * scale;
     return g > 0 ? _mm512_loadu_ps(before) + value : value;
@@ -165,23 +167,30 @@ struct TileOutputs {
       _mm512_mask_storeu_ps(p.out + at, there, y);
       return;
     }
-    // to_code: the conversion rounds half to even, NaN becomes 0.
-    const __m512 quotient = p.code_reciprocal != nullptr ? divided(y) : y / code_scale;
-    const __m512 code = _mm512_max_ps(quotient + code_zero_point, _mm512_setzero_ps());
-    const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(code, _mm512_set1_ps(p.max_code)));
+    // The conversion rounds half to even.
+    const __m512i codes =
+        _mm512_cvtps_epi32(p.code_reciprocal != nullptr ? code(y) : divided(p, y));
     _mm512_mask_cvtepi32_storeu_epi8(p.codes + at, there, codes);
   }
 
-  // Reciprocal::times.
-  inline __attribute__((always_inline)) __m512 divided(__m512 y) const {
-    y = _mm512_min_ps(code_scale * Reciprocal::kLimit, y);
+  // to_code ahead of rounding; NaN becomes 0.
+  inline __attribute__((always_inline)) __m512 divided(const PackedProduct& p, __m512 y) const {
+    const __m512 code = _mm512_max_ps(y / code_scale + code_zero_point, _mm512_setzero_ps());
+    return _mm512_min_ps(code, _mm512_set1_ps(p.max_code));
+  }
+
+  // The same by Reciprocal::times, up to a bit by which it may leave the codes before it is
+  // rounded.
+  inline __attribute__((always_inline)) __m512 code(__m512 y) const {
+    y = _mm512_min_ps(_mm512_max_ps(y, lowest), highest);
     const __m512 quotient = _mm512_fmadd_ps(y, reciprocal, y * reciprocal_rest);
-    return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, code_scale, y), reciprocal, quotient);
+    const __m512 remainder = _mm512_fnmadd_ps(quotient, code_scale, y);
+    return _mm512_fmadd_ps(remainder, reciprocal, quotient) + code_zero_point;
   }
 
   __m512 scale, offset = _mm512_setzero_ps(), sum = offset, zero = offset, bias = offset;
   __m512 code_scale = offset, code_zero_point = offset;
-  __m512 reciprocal = offset, reciprocal_rest = offset;
+  __m512 reciprocal = offset, reciprocal_rest = offset, lowest = offset, highest = offset;
   __mmask16 there;
 };
 
