@@ -22,6 +22,10 @@ TORCHQUANT_HOST_DEVICE float float_of(uint32_t bits) {
   return pun.value;
 }
 
+// b where one is NaN.
+TORCHQUANT_HOST_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+TORCHQUANT_HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
+
 // a * b + c, rounded once. Without an instruction for it, a function of the C library.
 TORCHQUANT_HOST_DEVICE float fused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__

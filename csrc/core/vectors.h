@@ -114,6 +114,7 @@ inline __attribute__((always_inline)) Ints add_pairs(Ints sums, Ints a, Ints b) 
 }
 
 // a where a < b, else (where one is NaN, too) b; and the same for a > b.
+using torchquant::larger, torchquant::smaller;  // of two numbers
 inline __attribute__((always_inline)) Floats smaller(Floats a, Floats b) {
 #if defined(__AVX512BW__)
   return _mm512_min_ps(a, b);

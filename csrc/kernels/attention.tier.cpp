@@ -1,7 +1,6 @@
 #include <csrc/kernels/attention.h>
 
-#include <csrc/core/lanes.h>
-#include <csrc/core/vectors.h>
+#include <csrc/core/bundle.h>
 #include <csrc/kernels/attention_widen.h>
 #include <csrc/kernels/linear_plain.h>
 
@@ -24,20 +23,20 @@ inline __attribute__((always_inline)) void for_each_part(const Visit& visit) {
 
 // 2^x for x <= 0, within an ulp, 0 below 2^-126: 2^n 2^f with |f| <= 1 / 2, by the polynomial
 // 1 + f (...) of degree 6 whose largest relative error there is least, 2e-9. NaN stays NaN.
-inline __attribute__((always_inline)) Floats power_of_2(Floats x) {
+template <int kCount>
+inline __attribute__((always_inline)) Bundle<kCount> power_of_2(Bundle<kCount> x) {
   constexpr float kBias = 127.0f, kRound = kMagic + kBias;
-  const Floats none{};
-  x = larger(none - kBias, x);
-  const Floats moved = x + kRound;  // its low bits are n + 127, the exponent of 2^n as it is stored
-  const Floats f = x - (moved - kRound);
-  Floats sum = none + 1.53264613e-4f;
-  sum = fused(sum, f, none + 1.33908063e-3f);
-  sum = fused(sum, f, none + 9.61850584e-3f);
-  sum = fused(sum, f, none + 5.55035993e-2f);
-  sum = fused(sum, f, none + 0.240226477f);
-  sum = fused(sum, f, none + 0.693147182f);
-  sum = fused(sum, f, none + 1.0f);
-  return sum * (Floats)((Ints)moved << 23);
+  x = larger(-kBias, x);
+  // The low bits of x + kRound are n + 127, the exponent of 2^n as it is stored.
+  const auto moved = each<kCount>([&](int i) { return x.of[i] + kRound; });
+  const auto f = each<kCount>([&](int i) { return x.of[i] - (moved.of[i] - kRound); });
+  auto sum = fused(f, 1.53264613e-4f, 1.33908063e-3f);
+  sum = fused(sum, f, 9.61850584e-3f);
+  sum = fused(sum, f, 5.55035993e-2f);
+  sum = fused(sum, f, 0.240226477f);
+  sum = fused(sum, f, 0.693147182f);
+  sum = fused(sum, f, 1.0f);
+  return each<kCount>([&](int i) { return sum.of[i] * (Floats)((Ints)moved.of[i] << 23); });
 }
 
 float scale_of(const AttentionRows& work) { return work.scale * kLog2E; }
@@ -133,13 +132,18 @@ void largest_of(const float* scores, int64_t left, float scale, const float* row
 // 2^(x * factor - shift); adds to the sums.
 void powers(const float* x, float factor, float shift, int64_t count, float* e,
             Floats (&sums)[kParts]) {
-  for (int64_t i = 0; i < count; i += kRowPad)
-    for_each_part([&](int64_t j) __attribute__((always_inline)) {
-      const int64_t at = i + j * kVectorLanes;
-      const Floats power = power_of_2(load<Floats>(x + at) * factor - shift);
-      store(power, e + at);
-      sums[j] += power;
-    });
+  const auto take = [&](auto vectors, int64_t at) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(vectors)::value;
+    const auto power = power_of_2(each<kCount>(
+        [&](int i) { return load<Floats>(x + at + i * kVectorLanes) * factor - shift; }));
+    store(power, e + at);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) sums[i % kParts] += power.of[i];
+  };
+  constexpr int kMost = kParts < 4 ? 4 : kParts;
+  int64_t i = 0;
+  for (; i + kMost * kVectorLanes <= count; i += kMost * kVectorLanes) take(Known<kMost>(), i);
+  for (; i < count; i += kRowPad) take(Known<int{kParts}>(), i);
 }
 
 // --- levels of row / sum ---

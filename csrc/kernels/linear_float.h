@@ -26,13 +26,12 @@ TORCHQUANT_HOST_DEVICE float exp_of_negative(float x) {
 // x (1/2 + erf(x / sqrt 2) / 2). The second term is x times a polynomial of x^2 whose largest
 // error, times x, is least on [-5.16, 5.16]; beyond, x counts as the nearer end but for the factor
 // x of large ones. As near to GELU as erf in float32 comes, 1e-6. NaN stays NaN.
-TORCHQUANT_HOST_DEVICE float gelu(float x) {
+template <class Number>
+TORCHQUANT_HOST_DEVICE Number gelu(Number x) {
   const float kEnd = 5.16f;
-  x = -kEnd > x ? -kEnd : x;
-  const float y = kEnd < x ? kEnd : x;
-  const float t = fused(y, y, -kEnd * kEnd / 2);
-  float p = 2.48857254e-17f;
-  p = fused(p, t, -9.75586714e-16f);
+  x = larger(-kEnd, x);
+  const Number y = smaller(kEnd, x), t = fused(y, y, -kEnd * kEnd / 2);
+  Number p = fused(t, 2.48857254e-17f, -9.75586714e-16f);
   p = fused(p, t, 1.52582516e-14f);
   p = fused(p, t, -2.59001588e-13f);
   p = fused(p, t, 7.37838523e-12f);

@@ -1,6 +1,7 @@
 // A packed weight's values or bytes in runs of sixteen inputs, for the faces of unpack_weight.
 #pragma once
-#include <csrc/kernels/linear_tile.h>
+#include <csrc/kernels/linear_codes.h>
+#include <csrc/kernels/linear_float.h>
 #include <string.h>
 
 namespace torchquant {
