@@ -2,8 +2,6 @@
 // of their products.
 #pragma once
 #include <csrc/core/floats.h>
-#include <csrc/core/integers.h>
-#include <csrc/core/reciprocal.h>
 
 #include <utility>
 
@@ -196,6 +194,7 @@ inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c)
 #endif
 }
 
+using torchquant::absolute;  // of one number
 inline __attribute__((always_inline)) Floats absolute(Floats x) {
   return (Floats)((Ints)x & 0x7fffffff);
 }
@@ -231,65 +230,13 @@ inline __attribute__((always_inline)) Ints rounded(Floats x, int32_t shift) {
   return (Ints)(x + kMagic) - (static_cast<int32_t>(bits_of(kMagic)) + shift);
 }
 
-// Integers of codes, of values with the sample's own grid, and of values with a given one.
-struct IntegersOfCodes {
-  explicit IntegersOfCodes(const IntegerGrid& grid) : shift(grid.shift) {}
-  inline __attribute__((always_inline)) Ints operator()(Ints codes) const { return codes - shift; }
-  const int32_t shift;
-};
-
-struct SymmetricIntegers {
-  explicit SymmetricIntegers(float factor) : factor(factor) {}
-  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
-    return rounded(x * factor, 0);
-  }
-  const float factor;
-};
-
-struct GridIntegers {
-  explicit GridIntegers(const IntegerGrid& grid) : grid(grid) {}
-  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
-    return of_quotient(x / grid.scale);
-  }
-  inline __attribute__((always_inline)) Ints of_quotient(Floats quotient) const {
-    const Floats code = larger(quotient + grid.zero_point, Floats{});
-    return rounded(smaller(code, Floats{} + grid.max_code), grid.shift);
-  }
-  const IntegerGrid grid;
-};
-
-// The same with quotients by products: Note [division by products] in reciprocal.h.
-#if defined(__AVX2__)
-struct GridIntegersByProducts : GridIntegers {
-  explicit GridIntegersByProducts(const IntegerGrid& grid)
-      : GridIntegers(grid), reciprocal(grid.scale) {}
-
-  inline __attribute__((always_inline)) Ints operator()(Floats x) const {
-    x = smaller(Floats{} + reciprocal.limit, x);
-    const Floats high = Floats{} + reciprocal.high;
-    const Floats quotient = fused(x, high, x * reciprocal.low);
-    const Floats remainder = fused(-quotient, Floats{} + grid.scale, x);
-    return of_quotient(fused(remainder, high, quotient));
-  }
-
-  const Reciprocal reciprocal;
-};
-#endif
-
-// visit(integers) with what gives the integers of values.
-template <class Visit>
-inline __attribute__((always_inline)) void with_integers(const IntegerGrid& grid,
-                                                         const Visit& visit) {
-  if (grid.scale == 0.0f) return visit(SymmetricIntegers(grid.factor));
-#if defined(__AVX2__)
-  if (Reciprocal::serves({grid.scale, grid.zero_point})) return visit(GridIntegersByProducts(grid));
-#endif
-  visit(GridIntegers(grid));
-}
-
 // NaN where x or an x before was not finite.
 inline __attribute__((always_inline)) Floats note_finite(Floats noted, Floats x) {
+#if defined(__FMA__)
+  return fused(x, Floats{}, noted);
+#else
   return noted + x * 0.0f;
+#endif
 }
 inline __attribute__((always_inline)) Floats note_finite(Floats noted, Ints) { return noted; }
 
@@ -322,38 +269,6 @@ inline bool all_finite(Floats noted) {
   bool finite = true;
   for (int64_t i = 0; i < kVectorLanes; ++i) finite = finite && noted[i] == noted[i];
   return finite;
-}
-
-// Integers of values, the last vector's perhaps twice. Returns what note_finite does of all.
-template <class Integers, class To>
-inline __attribute__((always_inline)) Floats value_integers(const Integers& integers, Floats noted,
-                                                            const float* x, int64_t count, To* a) {
-  const auto take = [&](const float* from, To* to) __attribute__((always_inline)) {
-    const Floats values = load<Floats>(from);
-    noted = note_finite(noted, values);
-    store_narrow(integers(values), to);
-  };
-  if (count >= kVectorLanes) {
-    const int64_t last = count - kVectorLanes;
-    for (int64_t i = 0; i < last; i += kVectorLanes) take(x + i, a + i);
-    take(x + last, a + last);
-  } else if (count > 0) {
-    float some[kVectorLanes] = {};
-    To narrow[kVectorLanes];
-    for (int64_t i = 0; i < count; ++i) some[i] = x[i];
-    take(some, narrow);
-    for (int64_t i = 0; i < count; ++i) a[i] = narrow[i];
-  }
-  return noted;
-}
-
-// The same on any grid; false where a value is not finite.
-template <class To>
-bool value_integers(const IntegerGrid& grid, const float* x, int64_t count, To* a) {
-  Floats noted{};
-  with_integers(
-      grid, [&](const auto& integers) { noted = value_integers(integers, noted, x, count, a); });
-  return all_finite(noted);
 }
 
 // Codes minus `shift`.

@@ -1,7 +1,7 @@
 // Queries, keys and values of one head on their grids: codes where the integer products read them,
 // or values.
+#include <csrc/core/code_by_products.h>
 #include <csrc/core/integers.h>
-#include <csrc/core/reciprocal.h>
 #include <csrc/kernels/attention.h>
 #include <csrc/kernels/attention_widen.h>
 
@@ -16,11 +16,9 @@ inline __attribute__((always_inline)) void with_code_of(const QuantizeOperand& q
                                                         const Take& take) {
   const float scale = q.grid.scale, zero_point = q.grid.zero_point, max_code = q.max_code;
   if (magnitude_bits(x, q.columns) > kFiniteBits) *q.finite = false;
-  if (Reciprocal::serves(q.grid)) {
-    const Reciprocal reciprocal(scale);
-    take([=](float value) __attribute__((always_inline)) {
-      return to_code(reciprocal.times(value), 1.0f, zero_point, max_code);
-    });
+  if (CodeByProducts::serves(q.grid)) {
+    const CodeByProducts code(q.grid, max_code);
+    take([=](float value) __attribute__((always_inline)) { return round_to_integer(code(value)); });
   } else {
     take([=](float value) __attribute__((always_inline)) {
       return to_code(value, scale, zero_point, max_code);

@@ -1,6 +1,6 @@
 #include <csrc/kernels/code_grid.h>
 
-#include <csrc/core/reciprocal.h>
+#include <csrc/core/code_by_products.h>
 
 #include <algorithm>
 
@@ -9,19 +9,19 @@ namespace torchquant {
 CodeGrid::CodeGrid(int64_t outputs, const std::vector<Grid>& parts, int64_t bits)
     : stride_(padded(outputs, kPanelOutputs)),
       parts_(static_cast<int64_t>(parts.size())),
-      by_products_(std::all_of(parts.begin(), parts.end(), Reciprocal::in_range)),
+      by_products_(std::all_of(parts.begin(), parts.end(), CodeByProducts::in_range)),
       max_code_(max_code_of(bits)),
       numbers_(static_cast<size_t>(6 * stride_), 1.0f) {
   const int64_t count = outputs / parts_;
   float* part = numbers_.data();
   for (const Grid& grid : parts) {
-    const Reciprocal reciprocal(grid.scale);
+    const CodeByProducts code(grid, max_code_);
     std::fill_n(part, count, grid.scale);
     std::fill_n(part + stride_, count, grid.zero_point);
-    std::fill_n(part + 2 * stride_, count, reciprocal.high);
-    std::fill_n(part + 3 * stride_, count, reciprocal.low);
-    std::fill_n(part + 4 * stride_, count, -grid.zero_point * grid.scale);
-    std::fill_n(part + 5 * stride_, count, (max_code_ - grid.zero_point) * grid.scale);
+    std::fill_n(part + 2 * stride_, count, code.high);
+    std::fill_n(part + 3 * stride_, count, code.low);
+    std::fill_n(part + 4 * stride_, count, code.lowest);
+    std::fill_n(part + 5 * stride_, count, code.highest);
     part += count;
   }
 }

@@ -1,4 +1,4 @@
-#include <csrc/core/vectors.h>
+#include <csrc/core/value_integers.h>
 #include <csrc/kernels/conv_quantize.h>
 #include <csrc/kernels/linear_tile.h>
 

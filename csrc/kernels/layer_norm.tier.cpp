@@ -1,6 +1,6 @@
 #include <csrc/kernels/layer_norm.h>
 
-#include <csrc/core/vectors.h>
+#include <csrc/core/value_integers.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
@@ -119,21 +119,28 @@ inline __attribute__((always_inline)) void encode(const LayerNormRows& work, con
                                                   const Moments& row, const Integers& integers,
                                                   uint8_t* codes) {
   const float *const weight = work.weight, *const bias = work.bias;
-  const Floats mean = Floats{} + row.mean;
-  const Floats factor = Floats{} + row.factor, offset = Floats{} + row.offset;
-  const auto code_of = [=](Floats values, int64_t column) __attribute__((always_inline)) {
-    const Floats normal = fused(values - mean, factor, offset);
-    return integers(fused(normal, load<Floats>(weight + column), load<Floats>(bias + column)));
-  };
+  const float mean = row.mean, factor = row.factor, offset = row.offset;
+  const auto take = [=](auto vectors, const float* from, int64_t column, uint8_t* to)
+                        __attribute__((always_inline)) {
+                          constexpr int kCount = decltype(vectors)::value;
+                          const auto values = load_bundle<kCount>(from);
+                          const auto normal = fused(values - mean, factor, offset);
+                          store_narrow(integers(fused(normal, load_bundle<kCount>(weight + column),
+                                                      load_bundle<kCount>(bias + column))),
+                                       to);
+                        };
+  constexpr std::integral_constant<int, kIntegerBundle> kMany;
+  constexpr std::integral_constant<int, 1> kOne;
   const int64_t columns = work.columns;
   int64_t i = 0;
-  for (; i + kVectorLanes <= columns; i += kVectorLanes)
-    store_narrow(code_of(load<Floats>(x + i), i), codes + i);
+  for (; i + kMany * kVectorLanes <= columns; i += kMany * kVectorLanes)
+    take(kMany, x + i, i, codes + i);
+  for (; i + kVectorLanes <= columns; i += kVectorLanes) take(kOne, x + i, i, codes + i);
   if (i == columns) return;
   float rest[kVectorLanes] = {};
   uint8_t last[kVectorLanes];
   for (int64_t j = i; j < columns; ++j) rest[j - i] = x[j];
-  store_narrow(code_of(load<Floats>(rest), i), last);
+  take(kOne, rest, i, last);
   for (int64_t j = i; j < columns; ++j) codes[j] = last[j - i];
 }
 

@@ -50,8 +50,8 @@ struct HalfOutputs {
       if (p.residual != nullptr) y += load<Floats>(p.residual + at);
       return store(y, p.out + at);
     }
-    y = smaller(larger(y, lowest), highest);
-    Floats quotient = fused(y, reciprocal, y * reciprocal_rest);  // Reciprocal::times
+    y = smaller(larger(y, lowest), highest);  // CodeByProducts
+    Floats quotient = fused(y, reciprocal, y * reciprocal_rest);
     quotient = fused(fused(-quotient, code_scale, y), reciprocal, quotient);
     store_narrow(rounded(quotient + code_zero_point, 0), p.codes + at);
   }

@@ -1,7 +1,6 @@
 // What the kernels of 64-byte vectors share: codes out of their lines, and the way from sums to
 // outputs in registers.
 #pragma once
-#include <csrc/core/reciprocal.h>
 #include <csrc/kernels/linear_tile.h>
 
 // g++ 12 takes the "undefined" operands inside its own intrinsics for mistakes of the caller.
@@ -179,8 +178,7 @@ struct TileOutputs {
     return _mm512_min_ps(code, _mm512_set1_ps(p.max_code));
   }
 
-  // The same by Reciprocal::times, up to a bit by which it may leave the codes before it is
-  // rounded.
+  // The same as CodeByProducts has it.
   inline __attribute__((always_inline)) __m512 code(__m512 y) const {
     y = _mm512_min_ps(_mm512_max_ps(y, lowest), highest);
     const __m512 quotient = _mm512_fmadd_ps(y, reciprocal, y * reciprocal_rest);

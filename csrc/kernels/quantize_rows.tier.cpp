@@ -1,4 +1,4 @@
-#include <csrc/core/vectors.h>
+#include <csrc/core/value_integers.h>
 #include <csrc/kernels/linear.h>
 
 namespace torchquant::TORCHQUANT_TIER {

@@ -1,6 +1,6 @@
 #include <csrc/quantizers/uniform.h>
 
-#include <csrc/core/vectors.h>
+#include <csrc/core/value_integers.h>
 
 namespace torchquant::TORCHQUANT_TIER {
 namespace {
