@@ -181,6 +181,27 @@ inline __attribute__((always_inline)) auto joined_each(const Vector (&x)[4], con
               __builtin_shufflevector(ab, cd, 1, 3, 5, 7));
 }
 
+// The same of four rows of vectors whose lanes follow each other: a tree of one shape on every
+// tier.
+template <class Vector, size_t kVectors, class Join>
+inline __attribute__((always_inline)) auto joined_rows(Vector (&rows)[4][kVectors],
+                                                       const Join& join) {
+  Vector x[4];
+#pragma GCC unroll 4
+  for (size_t r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+    for (size_t half = kVectors / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+      for (size_t v = 0; v < half; ++v) rows[r][v] = join(rows[r][v], rows[r][v + half]);
+    }
+    x[r] = rows[r][0];
+  }
+  return joined_each(x, join);
+}
+
+constexpr auto kSum = [](auto a, auto b) { return a + b; };
+constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
+
 // a * b + c, rounded once.
 using torchquant::fused;  // of one number
 inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats c) {

@@ -89,31 +89,11 @@ void fill_behind(float* scores, int64_t keys) {
 template <class Vector>
 using RowParts = Vector[kRowGroup][kParts];
 
-// The upper half joins the lower one until one number is left: a tree of one shape on every tier.
-template <class Vector, class Join>
-inline __attribute__((always_inline)) auto joined_rows(RowParts<Vector>& parts, const Join& join) {
-  static_assert(kRowGroup == 4);
-  Vector rows[kRowGroup];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kRowGroup; ++r) {
-#pragma GCC unroll 4
-    for (int64_t half = kParts / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < half; ++j) parts[r][j] = join(parts[r][j], parts[r][j + half]);
-    }
-    rows[r] = parts[r][0];
-  }
-  return joined_each(rows, join);
-}
-
 template <class Vector>
 inline __attribute__((always_inline)) void clear(RowParts<Vector>& parts) {
 #pragma GCC unroll 4
   for (int64_t r = 0; r < kRowGroup; ++r) for_each_part([&](int64_t j) { parts[r][j] = Vector{}; });
 }
-
-constexpr auto kSum = [](auto a, auto b) { return a + b; };
-constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
 
 // The largest of scale * scores for the first `left` keys, and of what is in `row` for the others.
 void largest_of(const float* scores, int64_t left, float scale, const float* row, int64_t count,

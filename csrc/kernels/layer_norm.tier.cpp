@@ -6,22 +6,23 @@ namespace torchquant::TORCHQUANT_TIER {
 namespace {
 
 constexpr int64_t kVectors = kNormLanes / kVectorLanes;
-// The steps of a sum wait for each other: a second row's fill the time, where registers hold them.
-#if defined(__AVX512BW__)
-constexpr int64_t kRowsAtOnce = 2;
-#else
-constexpr int64_t kRowsAtOnce = 1;
-#endif
-constexpr float kLargest = 3.40282347e38f;
+constexpr int64_t kRowGroup = 4;  // sums of so many rows are folded at once
+constexpr float kLargestFloat = 3.40282347e38f;
 
 struct Lanes {
   Floats part[kVectors];
 };
 
+// visit(v) for the vectors of kNormLanes neighbours.
+template <class Visit>
+inline __attribute__((always_inline)) void for_each_vector(const Visit& visit) {
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < kVectors; ++v) visit(v);
+}
+
 inline __attribute__((always_inline)) Lanes load_lanes(const float* x) {
   Lanes lanes;
-#pragma GCC unroll 8
-  for (int64_t v = 0; v < kVectors; ++v) lanes.part[v] = load<Floats>(x + v * kVectorLanes);
+  for_each_vector([&](int64_t v) { lanes.part[v] = load<Floats>(x + v * kVectorLanes); });
   return lanes;
 }
 
@@ -34,42 +35,13 @@ inline __attribute__((always_inline)) Lanes load_rest(const float* x, int64_t co
   return load_lanes(rest);
 }
 
-// visit(row, lanes) for all values of some rows.
-template <int64_t kRows, class Visit>
+// visit(lanes) for all values of a row.
+template <class Visit>
 inline __attribute__((always_inline)) void for_all_lanes(const float* x, int64_t columns,
-                                                         const float* missing, const Visit& visit) {
+                                                         float missing, const Visit& visit) {
   int64_t i = 0;
-  for (; i + kNormLanes <= columns; i += kNormLanes) {
-#pragma GCC unroll 2
-    for (int64_t r = 0; r < kRows; ++r) visit(r, load_lanes(x + r * columns + i));
-  }
-  if (i == columns) return;
-#pragma GCC unroll 2
-  for (int64_t r = 0; r < kRows; ++r)
-    visit(r, load_rest(x + r * columns + i, columns - i, missing[r]));
-}
-
-// The upper half joins the lower one until one lane is left: a tree of one shape on every tier.
-inline __attribute__((always_inline)) float fold(Lanes sums) {
-#pragma GCC unroll 4
-  for (int64_t half = kVectors / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < half; ++v) sums.part[v] += sums.part[v + half];
-  }
-  const Floats all = sums.part[0];
-#if defined(__AVX512BW__)
-  const auto eight = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif defined(__AVX2__)
-  const Floats eight = all;
-#endif
-#if defined(__AVX2__)
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-#else
-  const Floats four = all;
-#endif
-  return (four[0] + four[2]) + (four[1] + four[3]);
+  for (; i + kNormLanes <= columns; i += kNormLanes) visit(load_lanes(x + i));
+  if (i < columns) visit(load_rest(x + i, columns - i, missing));
 }
 
 // See Note [moments of a row].
@@ -79,37 +51,38 @@ struct Moments {
   float offset;  // -rest * factor
 };
 
-template <int64_t kRows>
-inline __attribute__((always_inline)) void moments_of(const float* x, int64_t columns, float eps,
-                                                      Moments* rows) {
+inline void moments_of(const float* const (&x)[kRowGroup], int64_t columns, float eps,
+                       Moments* rows) {
   const float share = 1.0f / static_cast<float>(columns);
-  float mean[kRows] = {};
-  Lanes sums[kRows] = {}, squares[kRows] = {};
-  for_all_lanes<kRows>(x, columns, mean,
-                       [&](int64_t r, const Lanes& values) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                         for (int64_t v = 0; v < kVectors; ++v) sums[r].part[v] += values.part[v];
-                       });
-#pragma GCC unroll 2
-  for (int64_t r = 0; r < kRows; ++r) {
-    mean[r] = fold(sums[r]) * share;
-    sums[r] = Lanes{};
+  Floats sums[kRowGroup][kVectors], squares[kRowGroup][kVectors];
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+    Lanes sum{};
+    for_all_lanes(x[r], columns, 0.0f, [&](const Lanes& values) __attribute__((always_inline)) {
+      for_each_vector([&](int64_t v) { sum.part[v] += values.part[v]; });
+    });
+    for_each_vector([&](int64_t v) { sums[r][v] = sum.part[v]; });
   }
-  for_all_lanes<kRows>(x, columns, mean,
-                       [&](int64_t r, const Lanes& values) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                         for (int64_t v = 0; v < kVectors; ++v) {
-                           const Floats centred = values.part[v] - mean[r];
-                           sums[r].part[v] += centred;
-                           squares[r].part[v] = fused(centred, centred, squares[r].part[v]);
-                         }
-                       });
-#pragma GCC unroll 2
-  for (int64_t r = 0; r < kRows; ++r) {
-    const float rest = fold(sums[r]) * share;
-    const float variance = fused(-rest, rest, fold(squares[r]) * share);
+  const FourFloats mean = joined_rows(sums, kSum) * share;
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+    Lanes sum{}, square{};
+    for_all_lanes(x[r], columns, mean[r], [&](const Lanes& values) __attribute__((always_inline)) {
+      for_each_vector([&](int64_t v) __attribute__((always_inline)) {
+        const Floats centred = values.part[v] - mean[r];
+        sum.part[v] += centred;
+        square.part[v] = fused(centred, centred, square.part[v]);
+      });
+    });
+    for_each_vector([&](int64_t v) {
+      sums[r][v] = sum.part[v];
+      squares[r][v] = square.part[v];
+    });
+  }
+  const FourFloats rest = joined_rows(sums, kSum) * share;
+  const FourFloats mean_square = joined_rows(squares, kSum) * share;
+  for (int64_t r = 0; r < kRowGroup; ++r) {
+    const float variance = fused(-rest[r], rest[r], mean_square[r]);
     const float factor = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
-    rows[r] = {mean[r], factor, -rest * factor};
+    rows[r] = {mean[r], factor, -rest[r] * factor};
   }
 }
 
@@ -144,27 +117,24 @@ inline __attribute__((always_inline)) void encode(const LayerNormRows& work, con
   for (int64_t j = i; j < columns; ++j) codes[j] = last[j - i];
 }
 
-template <int64_t kRows, class Integers>
-inline __attribute__((always_inline)) void encode_rows(const LayerNormRows& work, int64_t first,
-                                                       const Integers& integers) {
-  const float* const x = work.x + first * work.columns;
-  Moments rows[kRows];
-  moments_of<kRows>(x, work.columns, work.eps, rows);
-  for (int64_t r = 0; r < kRows; ++r) {
-    if (!(absolute(rows[r].mean) <= kLargest)) *work.finite = false;
-    encode(work, x + r * work.columns, rows[r], integers, work.codes + (first + r) * work.columns);
-  }
-}
-
 }  // namespace
 
 void layer_norm_codes(const LayerNormRows& work) {
   const IntegerGrid grid{work.grid.scale, 0.0f, work.grid.zero_point, work.max_code, 0};
+  const int64_t columns = work.columns;
   with_integers(grid, [&](const auto integers) {
-    int64_t r = 0;
-    for (; r + kRowsAtOnce <= work.rows; r += kRowsAtOnce)
-      encode_rows<kRowsAtOnce>(work, r, integers);
-    for (; r < work.rows; ++r) encode_rows<1>(work, r, integers);
+    for (int64_t first = 0; first < work.rows; first += kRowGroup) {
+      const int64_t left = work.rows - first, count = left < kRowGroup ? left : kRowGroup;
+      const float* x[kRowGroup];  // behind the last row it once more
+      for (int64_t r = 0; r < kRowGroup; ++r)
+        x[r] = work.x + (first + (r < count ? r : count - 1)) * columns;
+      Moments rows[kRowGroup];
+      moments_of(x, columns, work.eps, rows);
+      for (int64_t r = 0; r < count; ++r) {
+        if (!(absolute(rows[r].mean) <= kLargestFloat)) *work.finite = false;
+        encode(work, x[r], rows[r], integers, work.codes + (first + r) * columns);
+      }
+    }
   });
 }
 
