@@ -230,6 +230,7 @@ inline __attribute__((always_inline)) Floats farther(Floats a, Floats b) {
 #endif
 }
 
+constexpr float kLargestFloat = 3.40282347e38f;
 constexpr float kMagic = 12582912.0f;  // of round_to_integer
 
 using torchquant::round_to_integer;  // of one number

@@ -41,6 +41,12 @@ inline __attribute__((always_inline)) Bundle<kCount> power_of_2(Bundle<kCount> x
 
 float scale_of(const AttentionRows& work) { return work.scale * kLog2E; }
 
+// What a mask adds. The lowest of floats, with which masks are filled, stays finite.
+float exponent_of(float mask) {
+  const float exponent = mask * kLog2E;
+  return exponent == -kInfinity && mask != exponent ? -kLargestFloat : exponent;
+}
+
 // The first `count` of kRowPad scores times `scale`, -inf behind them.
 inline void load_block(const float* scores, int64_t count, float scale, float* row) {
   for_each_part([&](int64_t j) __attribute__((always_inline)) {
@@ -58,7 +64,7 @@ void load_row(const AttentionRows& work, int64_t r, int64_t first, float* __rest
     load_block(work.scores + r * work.stride + i, keys - i, scale_of(work), row + i);
   if (work.mask != nullptr) {
     const float* __restrict__ mask = work.mask + r * work.mask_stride;
-    for (int64_t i = 0; i < keys; ++i) row[i] += mask[i] * kLog2E;
+    for (int64_t i = 0; i < keys; ++i) row[i] += exponent_of(mask[i]);
   }
   if (work.allowed != nullptr) {
     const bool* __restrict__ allowed = work.allowed + r * work.mask_stride;

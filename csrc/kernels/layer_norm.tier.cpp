@@ -7,7 +7,6 @@ namespace {
 
 constexpr int64_t kVectors = kNormLanes / kVectorLanes;
 constexpr int64_t kRowGroup = 4;  // sums of so many rows are folded at once
-constexpr float kLargestFloat = 3.40282347e38f;
 
 struct Lanes {
   Floats part[kVectors];

@@ -190,6 +190,16 @@ def test_causal(each_tier, shape, options):
     assert different.double().mean() < 1e-2  # rows with a flipped code
 
 
+def test_masks_filled_with_the_lowest_of_floats(each_tier):
+    """Where they take all keys from a row, each key has its equal share, as in float32."""
+    q, k, _ = inputs()
+    mask = torch.full((q.shape[2], k.shape[2]), torch.finfo(torch.float32).min)
+    mask[::2, ::3] = 0.0
+    found, wanted = weights_of(q, k, mask), (q @ k.transpose(-1, -2) / 4 + mask).softmax(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-37)
+    assert (wanted[:, :, 1] == 1 / k.shape[2]).all()
+
+
 def test_nan_and_infinity(each_tier):
     q, k, _ = inputs()
     q[0, 0, 1, 0] = torch.nan
