@@ -4,11 +4,14 @@
 #include <csrc/core/code_by_products.h>
 #include <csrc/core/integers.h>
 
+#include <type_traits>
+
 namespace torchquant {
 namespace {
 
-// Of as many vectors as registers hold with what their steps need.
-constexpr int kIntegerBundle = kVectorLanes == 16 ? 4 : 2;
+// Vectors of a bundle: as many as registers hold with what their steps need, and of what is left.
+constexpr std::integral_constant<int, kVectorLanes == 16 ? 4 : 2> kMany;
+constexpr std::integral_constant<int, 1> kOne;
 
 // Integers of codes, of values with the sample's own grid, and of values with a given one: of
 // bundles, or of one vector.
@@ -81,8 +84,6 @@ inline __attribute__((always_inline)) Floats value_integers(const Integers& inte
     for (const Floats some : values.of) noted = note_finite(noted, some);
     store_narrow(integers(values), to);
   };
-  constexpr std::integral_constant<int, kIntegerBundle> kMany;
-  constexpr std::integral_constant<int, 1> kOne;
   if (count >= kVectorLanes) {
     const int64_t last = count - kVectorLanes;
     int64_t i = 0;

@@ -101,8 +101,6 @@ inline __attribute__((always_inline)) void encode(const LayerNormRows& work, con
                                                       load_bundle<kCount>(bias + column))),
                                        to);
                         };
-  constexpr std::integral_constant<int, kIntegerBundle> kMany;
-  constexpr std::integral_constant<int, 1> kOne;
   const int64_t columns = work.columns;
   int64_t i = 0;
   for (; i + kMany * kVectorLanes <= columns; i += kMany * kVectorLanes)
